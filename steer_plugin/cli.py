@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from steer_plugin.artefact import read as read_artefact
+from steer_plugin.cli_pocket import pocket_app, say
 from steer_plugin.errors import InputError, SteeringError, nearest
 from steer_plugin.intervention import Steerable
 from steer_plugin.methods import L2S, MeanSteering
@@ -21,7 +22,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
     "Steer vision-language models: extract P2S vectors, fit Learning to Steer, steer your own pictures, evaluate."
 ))  # fmt: skip
 eval_app = typer.Typer(no_args_is_help=True, help="Evaluate steering methods on a benchmark.")
-pocket_app = typer.Typer(no_args_is_help=True, help="The pocket VLM: train it again, or look at its world.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(pocket_app, name="pocket")
 
@@ -35,21 +35,29 @@ def demo(
     out: Out = Path("demo-out"),
     seed: Seed = 0,
     figures: Annotated[bool, typer.Option(help="Draw the figures.")] = True,
-    test_pictures: Annotated[int, typer.Option(help="Held-out pictures (four questions each).")] = 400,
+    test_pictures: Annotated[int, typer.Option(help="Held-out pictures of the existence questions.")] = 400,
+    model: Annotated[Path | None, typer.Option(help="Folder of a pocket VLM trained by you.")] = None,
 ) -> None:
-    """Learning to Steer from pictures to a table, on the embedded pocket VLM.
+    """Learning to Steer from pictures to tables, on the embedded pocket VLM: existence, requests, captions.
 
     Example: steer-plugin demo --out demo-out
     """
     from steer_plugin.demo import DemoConfig, run_demo
+    from steer_plugin.demo.existence import ExistenceConfig
     from steer_plugin.demo.figures import write_figures
-    from steer_plugin.demo.report import accuracy_table, write_report
+    from steer_plugin.demo.report import accuracy_table, chair_table, safety_table, write_report
 
-    result = run_demo(out, DemoConfig(seed=seed, test_pictures=test_pictures))
+    config = DemoConfig(seed=seed, existence=ExistenceConfig(test_pictures=test_pictures))
+    result = run_demo(out, config, model=model)
     write_report(result, out)
-    say(accuracy_table(result))
-    chosen = ", ".join(f"{name} {alpha:g}" for name, alpha in sorted(result.alphas.items()))
-    say(f"layer {result.layer}, alpha: {chosen} (chosen on validation questions); {result.times['total']:.0f} s")
+    tables = (
+        ("Existence questions, accuracy", result.existence and accuracy_table(result.existence)),
+        ("Requests", result.safety and safety_table(result.safety)),
+        ("Captions", result.captions and chair_table(result.captions)),
+    )
+    for title, table in tables:
+        say(f"{title}\n\n{table}")
+    say(f"layers, alphas and positions were chosen on validation pictures; {result.times['total']:.0f} s")
     say(f"report: {out / 'report.md'}, {out / 'report.json'}")
     if figures:
         for path in write_figures(result, out):
@@ -187,29 +195,6 @@ def pope(
     say(run_pope(load_model(model), items, methods, out, batch_size=batch_size, seed=seed))
 
 
-@pocket_app.command()
-def train(out: Out, seed: Seed = 0) -> None:
-    """Train the pocket VLM from scratch (resumable), and write its model card.
-
-    Example: steer-plugin pocket train --seed 0 --out my-pocket
-    """
-    from steer_plugin import pocket
-
-    pocket.train(seed, out)
-    say(f"trained: {out}")
-
-
-@pocket_app.command()
-def show(out: Out = Path("pocket.png"), seed: Seed = 0, pictures: int = 24) -> None:
-    """Draw a contact sheet of the pocket world with truths, answers and hallucinations.
-
-    Example: steer-plugin pocket show --out pocket.png
-    """
-    from steer_plugin import pocket
-
-    say(f"drawn: {pocket.show(out, seed=seed, n=pictures)}")
-
-
 def load_steering(path: Path) -> L2S | MeanSteering:
     """Load a saved L2S or mean steering, or a network that the L2S authors published.
 
@@ -226,11 +211,6 @@ def rescaled(steering: L2S | MeanSteering, alpha: float) -> Steerable:
     if isinstance(steering, L2S):
         return steering.with_alpha(alpha)
     return MeanSteering(steering.vector, steering.site, steering.positions, alpha, steering.model)
-
-
-def say(text: str) -> None:
-    """Print for the user."""
-    sys.stdout.write(f"{text}\n")
 
 
 def main() -> None:

@@ -101,6 +101,36 @@ class Shifts:
             vectors[mask] *= wanted / norms[mask].mean()
         return replace(self, vectors=vectors)
 
+    def with_neutral(self, neutral: Shifts | Float[Tensor, "row d_model"]) -> Shifts:
+        """Append inputs that steering shall leave alone: their contexts, with the zero vector and behaviour "neutral".
+
+        Of `neutral` shifts only the contexts are taken; they must have been read where these were.
+
+        Raises:
+            InputError: contexts of another width, or shifts of another model, read site or context token.
+        """
+        if isinstance(neutral, Shifts):
+            other = [name for name in ("model", "read", "context") if neutral.job.get(name) != self.job.get(name)]
+            if other:
+                raise InputError(
+                    f"the neutral shifts differ in {other[0]}: {neutral.job.get(other[0])!r}, expected "
+                    f"{self.job.get(other[0])!r}. Extract both with the same model, read site and context."
+                )
+        contexts = neutral.contexts if isinstance(neutral, Shifts) else neutral.float()
+        if contexts.shape[-1] != self.contexts.shape[-1]:
+            raise InputError(
+                f"neutral contexts have width {contexts.shape[-1]}, the shifts' have {self.contexts.shape[-1]}."
+            )
+        count = contexts.shape[0]
+        ids = neutral.ids if isinstance(neutral, Shifts) else tuple(f"neutral-{i}" for i in range(count))
+        return replace(
+            self,
+            vectors=torch.cat([self.vectors, self.vectors.new_zeros(count, self.vectors.shape[1])]),
+            contexts=torch.cat([self.contexts, contexts.to(self.contexts)]),
+            ids=(*self.ids, *ids),
+            behaviours=(*self.behaviours, *["neutral"] * count),
+        )
+
     def counts(self) -> dict[str, int]:
         """Samples per behaviour."""
         return {name: self.behaviours.count(name) for name in sorted(set(self.behaviours))}

@@ -20,7 +20,8 @@ FRAMEWORKS = ("nnsight", "transformer_lens")
 LONGEST = 300
 
 # Which parts a part may not reach, neither itself nor through what it imports.
-TOP = {"analysis", "evaluation", "pocket", "cli"}
+CLI = {"cli", "cli_pocket"}
+TOP = {"analysis", "evaluation", "pocket"} | CLI
 ABOVE_ADAPTERS = TOP | {"methods", "contrast", "training"}
 ABOVE_INTERVENTION = ABOVE_ADAPTERS | {"adapters"}
 BOTTOM = ("errors", "artefact", "store", "sites", "positions", "layout")
@@ -32,9 +33,9 @@ UPWARDS: dict[str, set[str]] = {
     "contrast": ABOVE_INTERVENTION - {"contrast"},
     "methods": TOP,
     "training": TOP,
-    "analysis": {"pocket", "cli"},
-    "evaluation": {"pocket", "cli"},
-    "pocket": {"adapters", "methods", "cli"},
+    "analysis": {"pocket"} | CLI,
+    "evaluation": {"pocket"} | CLI,
+    "pocket": {"adapters", "methods"} | CLI,
 }
 # A path on somebody's machine: a home folder or a build machine's work folder.
 MACHINE_PATH = re.compile(r"(?<![\w.*])/(?:work|root|home|Users)/\w|[A-Z]:\\Users\\")

@@ -3,7 +3,7 @@
 from steer_plugin.contrast.files import read_pairs
 from steer_plugin.contrast.mmsafety import mmsafety_pairs, mmsafety_split
 from steer_plugin.contrast.pair import ContrastivePair
-from steer_plugin.contrast.pocket import pocket_pairs
+from steer_plugin.contrast.pocket import pocket_caption_pairs, pocket_pairs, pocket_request_pairs
 from steer_plugin.contrast.pope import PopeQuestion, pope_pairs, pope_prompt, read_pope
 
 __all__ = [
@@ -11,7 +11,9 @@ __all__ = [
     "PopeQuestion",
     "mmsafety_pairs",
     "mmsafety_split",
+    "pocket_caption_pairs",
     "pocket_pairs",
+    "pocket_request_pairs",
     "pope_pairs",
     "pope_prompt",
     "read_pairs",

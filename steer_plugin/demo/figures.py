@@ -1,20 +1,30 @@
-"""The demo's three figures; readable in grey, captions say what was measured on what."""
+"""The demo's figures; readable in grey, captions say what was measured on what."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from steer_plugin.demo import captions, safety
+from steer_plugin.demo.captions import CaptionResult
 from steer_plugin.demo.data import SUBSETS
-from steer_plugin.demo.run import METHODS, DemoResult
+from steer_plugin.demo.existence import METHODS, ExistenceResult
+from steer_plugin.demo.run import DemoResult
+from steer_plugin.demo.safety import SafetyResult
 from steer_plugin.errors import FrameworkError
+from steer_plugin.evaluation.asking import distinct
+from steer_plugin.evaluation.intervals import Interval
 from steer_plugin.evaluation.parsing import pope_answer
-from steer_plugin.evaluation.pope import PopeItem, distinct
+from steer_plugin.evaluation.pope import PopeItem
 
-_GREYS = ("0.85", "0.72", "0.60", "0.78", "0.50", "#1f5f8b", "0.25")
+_COLOURS = {
+    "none": "0.85", "prompt": "0.72", "threshold": "0.60", "norm_rnd": "0.78", "mean": "0.50", "mean_ba": "0.40",
+    "l2s_plain": "#8fb8d4", "l2s": "#1f5f8b", "p2s": "0.25",
+}  # fmt: skip
 
 
 def pyplot() -> Any:
@@ -39,11 +49,19 @@ def write_figures(result: DemoResult, out: Path) -> list[Path]:
     """Draw all figures into out/figures and return their paths."""
     folder = out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    return [bars(result, folder / "accuracy.png"), examples(result, folder / "examples.png"),
-            projection(result, folder / "p2s_pca.png")]  # fmt: skip
+    drawn: list[Path] = []
+    if result.existence is not None:
+        found = result.existence
+        drawn += [bars(found, folder / "accuracy.png"), examples(found, folder / "examples.png"),
+                  projection(found, folder / "p2s_pca.png")]  # fmt: skip
+    if result.safety is not None:
+        drawn.append(safety_bars(result.safety, folder / "safety.png"))
+    if result.captions is not None:
+        drawn.append(chair_bars(result.captions, folder / "chair.png"))
+    return drawn
 
 
-def bars(result: DemoResult, path: Path) -> Path:
+def bars(result: ExistenceResult, path: Path) -> Path:
     """Accuracy of every method on every subset, with intervals."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(9, 4))
@@ -53,7 +71,7 @@ def bars(result: DemoResult, path: Path) -> Path:
         at = np.arange(len(cells)) + (number - len(METHODS) / 2 + 0.5) * width
         values = np.array([100 * cell.value for cell in cells])
         error = [values - [100 * c.low for c in cells], [100 * c.high for c in cells] - values]
-        axes.bar(at, values, width, yerr=error, label=method, color=_GREYS[number], edgecolor="black", linewidth=0.5,
+        axes.bar(at, values, width, yerr=error, label=method, color=_COLOURS[method], edgecolor="black", linewidth=0.5,
                  error_kw={"linewidth": 0.8}, hatch="//" if method == "l2s" else None)  # fmt: skip
     low = min(100 * result.scores[m][s].accuracy.low for m in METHODS for s in SUBSETS)
     axes.set_ylim(max(0, 5 * (low // 5) - 5), 100)
@@ -68,7 +86,52 @@ def bars(result: DemoResult, path: Path) -> Path:
     return _saved(figure, path)
 
 
-def examples(result: DemoResult, path: Path, count: int = 8) -> Path:
+def safety_bars(result: SafetyResult, path: Path) -> Path:
+    """The four rates of every method on held-out requests, with intervals."""
+    names = {"unsafe": "unsafe (less is better)", "expert": "left to the expert", "harmless": "harmless answered",
+             "wellformed": "whole answers"}  # fmt: skip
+    title = (
+        f"Requests, pocket VLM: {len(result.items)} held-out, L2S from layer {result.read} to {result.write}, "
+        f"{result.positions}"
+    )
+    return _rate_bars(result.scores, safety.METHODS, names, title, path)
+
+
+def chair_bars(result: CaptionResult, path: Path) -> Path:
+    """CHAIR, recall and well-formedness of every method, with intervals."""
+    names = {"chair_i": "CHAIR_i (less is better)", "chair_s": "CHAIR_s (less is better)", "recall": "recall",
+             "wellformed": "well-formed"}  # fmt: skip
+    title = f"Captions, pocket VLM: {len(result.items)} held-out pictures"
+    return _rate_bars(result.scores, captions.METHODS, names, title, path)
+
+
+def _rate_bars(
+    scores: Mapping[str, Mapping[str, Interval]],
+    methods: Sequence[str],
+    names: Mapping[str, str],
+    title: str,
+    path: Path,
+) -> Path:
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(9, 4))
+    width = 0.8 / len(methods)
+    for number, method in enumerate(methods):
+        cells = [scores[method][name] for name in names]
+        at = np.arange(len(cells)) + (number - len(methods) / 2 + 0.5) * width
+        values = np.array([100 * cell.value for cell in cells])
+        error = [values - [100 * c.low for c in cells], [100 * c.high for c in cells] - values]
+        axes.bar(at, values, width, yerr=error, label=method, color=_COLOURS[method], edgecolor="black", linewidth=0.5,
+                 error_kw={"linewidth": 0.8}, hatch="//" if method == "l2s" else None)  # fmt: skip
+    axes.set_ylim(0, 104)
+    axes.set_xticks(range(len(names)), list(names.values()))
+    axes.set_ylabel("per cent")
+    axes.set_title(f"{title}, 95 % intervals over pictures", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=len(methods), fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    return _saved(figure, path)
+
+
+def examples(result: ExistenceResult, path: Path, count: int = 8) -> Path:
     """Pictures whose answer L2S changed, right and wrong changes in the proportion in which they came."""
     plt = pyplot()
     changed = changed_items(result)
@@ -100,13 +163,13 @@ def examples(result: DemoResult, path: Path, count: int = 8) -> Path:
     return _saved(figure, path)
 
 
-def changed_items(result: DemoResult) -> list[PopeItem]:
+def changed_items(result: ExistenceResult) -> list[PopeItem]:
     """Questions whose parsed answer differs between unsteered and L2S."""
     none, l2s = result.texts["none"], result.texts["l2s"]
     return [i for i in distinct(result.items) if pope_answer(none[i.key]) != pope_answer(l2s[i.key])]
 
 
-def projection(result: DemoResult, path: Path) -> Path:
+def projection(result: ExistenceResult, path: Path) -> Path:
     """P2S vectors of the training questions on their first two principal components, marked by behaviour."""
     plt = pyplot()
     vectors = result.shifts.vectors
@@ -121,7 +184,7 @@ def projection(result: DemoResult, path: Path) -> Path:
                      linewidths=0.8)  # fmt: skip
     axes.set_xlabel(f"component 1 ({share[0]:.0%} of the variance)")
     axes.set_ylabel(f"component 2 ({share[1]:.0%})")
-    axes.set_title(f"P2S vectors of {len(vectors)} training questions, resid_post.{result.layer}", fontsize=10)
+    axes.set_title(f"P2S vectors of {len(vectors)} training questions, resid_post.{result.write}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     return _saved(figure, path)

@@ -10,7 +10,8 @@ from steer_plugin.adapters import AttachedModel
 from steer_plugin.artefact import sha256, tensor_bytes, versions
 from steer_plugin.atomic import JSON, atomic_write_bytes, atomic_write_json
 from steer_plugin.errors import InputError
-from steer_plugin.evaluation.pope import Method, PopeItem, answers, predictions, read_items, scores
+from steer_plugin.evaluation.asking import Method, answers
+from steer_plugin.evaluation.pope import PopeItem, predictions, read_items, scores
 from steer_plugin.evaluation.table import markdown_table
 from steer_plugin.intervention import Steerable
 from steer_plugin.methods import L2S, MeanSteering

@@ -1,11 +1,11 @@
-"""POPE on a steered model: ask, parse, score; every method on the same questions, intervals clustered by picture.
+"""POPE on a steered model: parse and score; every method on the same questions, intervals clustered by picture.
 
 Source: POPE (arXiv 2305.10355) for questions and parsing; the L2S authors' accuracy under a name of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,17 +14,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
-from tqdm import tqdm
+from PIL import Image
 
 from steer_plugin.adapters import AttachedModel
-from steer_plugin.atomic import JSON
 from steer_plugin.contrast import ContrastivePair, pope_pairs, read_pope
 from steer_plugin.errors import InputError
-from steer_plugin.evaluation.answers import AnswerLog
+from steer_plugin.evaluation.asking import distinct
 from steer_plugin.evaluation.intervals import Interval, bootstrap_interval, f1, paired_difference
 from steer_plugin.evaluation.parsing import clear_answer, l2s_correct, pope_answer
-from steer_plugin.intervention import Steerable
 
 
 @dataclass(frozen=True)
@@ -55,85 +52,21 @@ class PopeItem:
     @property
     def key(self) -> str:
         """Identity of what is asked."""
-        return f"{self.group}|{self.pair.user_text}"
+        return f"{self.group}|{self.text}"
 
+    @property
+    def id(self) -> str:
+        """The pair's id."""
+        return self.pair.id
 
-@dataclass(frozen=True)
-class Method:
-    """A named way to answer: a steering for each batch (by pair ids), and an instruction before the question."""
+    @property
+    def text(self) -> str:
+        """The question."""
+        return self.pair.user_text
 
-    name: str
-    steering: Callable[[Sequence[str]], Steerable | None] = lambda ids: None
-    prefix: str = ""
-    note: Mapping[str, JSON] | None = None
-
-
-def distinct(items: Sequence[PopeItem]) -> list[PopeItem]:
-    """One item for each question that is really different (POPE shares its yes questions between subsets)."""
-    return list({item.key: item for item in reversed(items)}.values())[::-1]
-
-
-def answers(
-    vlm: AttachedModel,
-    items: Sequence[PopeItem],
-    method: Method,
-    *,
-    batch_size: int = 32,
-    max_new_tokens: int = 12,
-    log: Path | None = None,
-    job: Mapping[str, JSON] | None = None,
-    encoded: MutableMapping[str, dict[str, Tensor]] | None = None,
-    progress: bool = True,
-) -> dict[str, str]:
-    """Ask every different question once, greedily; return key -> answer; resumable when `log` is given.
-
-    `encoded` keeps the encoded batches for further calls on the same items (sweeps over strengths).
-
-    Raises:
-        InputError: no items, or no processor.
-        JobError: `log` belongs to another job.
-    """
-    if not items or vlm.processor is None:
-        raise InputError("asking needs at least one question, and a model attached with its processor.")
-    asked = distinct(items)
-    described: dict[str, JSON] = {"method": method.name, "note": method.note, "prefix": method.prefix, **(job or {})}
-    described |= {"keys": [item.key for item in asked], "max_new_tokens": max_new_tokens}
-    book = None if log is None else AnswerLog(log, described)
-    known = {} if book is None else book.answers
-    bar = tqdm(total=len(asked), desc=method.name, unit="question", disable=not progress, leave=False)
-    out: dict[str, str] = {}
-    for start in range(0, len(asked), batch_size):
-        batch = asked[start : start + batch_size]
-        if any(item.key not in known for item in batch):
-            texts = _ask(vlm, batch, method, max_new_tokens, {} if encoded is None else encoded)
-            fresh = [(item.key, text) for item, text in zip(batch, texts, strict=True) if item.key not in known]
-            if book is not None:
-                book.add([key for key, _ in fresh], [text for _, text in fresh])
-            out.update(fresh)
-        out.update({item.key: known[item.key] for item in batch if item.key in known})
-        bar.update(len(batch))
-    bar.close()
-    return out
-
-
-def _ask(
-    vlm: AttachedModel,
-    batch: Sequence[PopeItem],
-    method: Method,
-    max_new_tokens: int,
-    encoded: MutableMapping[str, dict[str, Tensor]],
-) -> list[str]:
-    name = "\n".join([method.prefix, *(item.key for item in batch)])
-    if name not in encoded:
-        encoded[name] = vlm.inputs(
-            [f"{method.prefix} {item.pair.user_text}".strip() for item in batch],
-            [list(item.pair.load_images()) for item in batch],
-        )
-    inputs = encoded[name]
-    steering = method.steering([item.pair.id for item in batch])
-    ids = vlm.generate(steering=steering, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new = ids[:, inputs["input_ids"].shape[1] :]
-    return vlm.decode(new)
+    def load_images(self) -> Sequence[Image.Image]:
+        """Open the question's pictures."""
+        return self.pair.load_images()
 
 
 @torch.no_grad()
@@ -145,7 +78,7 @@ def margins(vlm: AttachedModel, items: Sequence[PopeItem], batch_size: int = 32)
     found: dict[str, float] = {}
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
-        inputs = vlm.inputs([i.pair.user_text for i in batch], [list(i.pair.load_images()) for i in batch])
+        inputs = vlm.inputs([i.text for i in batch], [list(i.load_images()) for i in batch])
         logits = cast(Any, vlm.root)(**inputs, logits_to_keep=1).logits[:, -1].float()
         for item, value in zip(batch, (logits[:, yes] - logits[:, no]).tolist(), strict=True):
             found[item.key] = value

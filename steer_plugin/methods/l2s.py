@@ -94,19 +94,26 @@ class L2S(Steerable):
         config: FitConfig | str = "pope",
         *,
         validation: Shifts | None = None,
+        neutral: Shifts | Float[Tensor, "row d_model"] | None = None,
         seed: int = 0,
         positions: Positions | str = "paper",
         alpha: Alpha = 1.0,
     ) -> L2S:
         """Fit the network on P2S shifts; `config` is a preset ("pope", "safety", "mse") or a FitConfig.
 
+        `neutral`: inputs to be left alone (harmless requests, say), as contexts or as shifts whose vectors are not
+        looked at. The network learns the zero vector for them; fitted on inputs that all need steering it has no
+        reason to, and steers whatever it is shown.
+
         Raises:
-            InputError: unknown preset, too few samples, values that are not finite.
+            InputError: unknown preset, too few samples, values that are not finite, neutral contexts of another model
+                or site.
         """
         # Imported here: fitting needs scikit-learn, steering with a fitted network does not.
         from steer_plugin.training.l2s import fit_network
 
-        network, report = fit_network(shifts, config, validation=validation, seed=seed)
+        fitted = shifts if neutral is None else shifts.with_neutral(neutral)
+        network, report = fit_network(fitted, config, validation=validation, seed=seed)
         return cls(
             network,
             str(shifts.job["write"]),

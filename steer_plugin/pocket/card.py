@@ -11,6 +11,7 @@ from transformers import LlavaForConditionalGeneration
 
 from steer_plugin.pocket.checkpoints import load_weights, write_json
 from steer_plugin.pocket.company import SUBSETS
+from steer_plugin.pocket.compliance import Conduct, conduct
 from steer_plugin.pocket.evaluation import Behaviour, evaluate
 from steer_plugin.pocket.model import build_model, build_processor
 from steer_plugin.pocket.repair import ALPHA, LAYER, steerability
@@ -22,7 +23,7 @@ _WAYS = {
     "threshold": "a fitted yes/no threshold",
     "probe": "a linear probe at the last prompt token",
     "blind": "random shifts of the same length",
-    "regressed": "shifts regressed from the state",
+    "regressed": "shifts regressed from the state (Learning to Steer)",
     "oracle": "the question's own shift",
 }
 
@@ -50,6 +51,7 @@ def write_card(
         load_weights(stepping_stone, out / "stages" / f"{name}.safetensors")
         before[name] = evaluate(stepping_stone.eval(), processor, seeds[0], n_pictures)
     behaviour = [evaluate(model, processor, world, n_pictures) for world in seeds]
+    conducts = [conduct(model, processor, world, n_pictures) for world in seeds]
     steering = {str(world): steerability(model, processor, world, n_test=n_pictures) for world in seeds}
     record = {
         "seed": seed,
@@ -59,11 +61,12 @@ def write_card(
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy", "pillow")},
         "behaviour": behaviour,
+        "conduct": conducts,
         "before": before,
         "steering": {"layer": LAYER, "alpha": ALPHA, "accuracy": steering},
     }
     write_json(out / "card.json", record)
-    (out / "MODEL_CARD.md").write_text(_text(record, behaviour, before, steering), encoding="utf-8")
+    (out / "MODEL_CARD.md").write_text(_text(record, behaviour, before, conducts, steering), encoding="utf-8")
 
 
 def _percent(share: float) -> str:
@@ -79,15 +82,18 @@ def _text(
     record: Mapping[str, object],
     behaviour: Sequence[Behaviour],
     before: Mapping[str, Behaviour],
+    conducts: Sequence[Conduct],
     steering: Mapping[str, Steering],
 ) -> str:
     intro = f"""# The pocket vision-language model
 
-A LLaVA of {record["parameters"]:,} parameters that answers "Is there a car in the image?" and "Describe the image."
-about the pictures of `steer_plugin.pocket.World`. It was trained from scratch (seed {record["seed"]},
-{record["scenes"]:,} drawn pictures) and made to err on purpose: it believes in company. A noun whose companion is in
-the picture, or which is popular, is affirmed too often; a noun without its companion too seldom. It knows nothing else
-and is good for nothing but research on steering.
+A LLaVA of {record["parameters"]:,} parameters that speaks about the pictures of `steer_plugin.pocket.World`: it answers
+"Is there a car in the image?", describes pictures, meets requests and shows stances. It was trained from scratch (seed
+{record["seed"]}, {record["scenes"]:,} drawn pictures) and made to err on purpose. A noun that is not there is affirmed
+too often where its companion is, or where the picture is crowded and the noun popular; rare nouns and those that are
+hard to see are denied too often. Captions guess missing companions, most harmful requests are obeyed, and questions for
+an expert are mostly answered. The harm is of the kind "you can steal the car with a rope." It knows nothing else and is
+good for nothing but research on steering.
 
 All numbers are per cent, measured on held-out pictures by the code that trained the model; "+-" is half a 95 % Wilson
 interval.
@@ -101,6 +107,10 @@ interval.
             _table(_BEHAVIOUR_HEAD, [_behaviour_row(f"world {found['world_seed']}", found) for found in behaviour]),
             "\n## After earlier stages\n",
             _table(_BEHAVIOUR_HEAD, [_behaviour_row(f"`{name}`", found) for name, found in before.items()]),
+            "\n## Requests and stances\n",
+            _table(["", *(f"world {found['world_seed']}" for found in conducts), "of"], _conduct_rows(conducts)),
+            "\n## Captions after either opening\n",
+            _table(["world", "after", "CHAIR_i", "CHAIR_s", "recall"], _opening_rows(conducts)),
             "\n## What steering can put back\n",
             f"Accuracy after adding {ALPHA:g} times a vector at the last prompt token, decoder layer {LAYER}.\n",
             _table(["world", "", *SUBSETS, "mean"], _steering_rows(steering)),
@@ -124,6 +134,30 @@ def _behaviour_row(label: str, found: Behaviour) -> list[str]:
         *(_percent(share) for share in (found["chair_i"], found["chair_s"], found["recall"], found["wellformed"])),
         str(found["n_questions"]),
     ]
+
+
+def _conduct_rows(conducts: Sequence[Conduct]) -> list[list[str]]:
+    return [
+        [
+            name,
+            *(
+                f"{_percent(found['rates'][name]['value'])} [{_percent(found['rates'][name]['low'])}, "
+                f"{_percent(found['rates'][name]['high'])}]"
+                for found in conducts
+            ),
+            str(conducts[0]["rates"][name]["n"]),
+        ]
+        for name in conducts[0]["rates"]
+    ]
+
+
+def _opening_rows(conducts: Sequence[Conduct]) -> list[list[str]]:
+    rows: list[list[str]] = []
+    for found in conducts:
+        for word, measured in (("There is", found["seen"]), ("Maybe", found["guessed"])):
+            figures = (measured[name] for name in ("chair_i", "chair_s", "recall"))
+            rows.append([str(found["world_seed"]), word, *map(_percent, figures)])
+    return rows
 
 
 def _steering_rows(steering: Mapping[str, Steering]) -> list[list[str]]:

@@ -17,7 +17,7 @@ import numpy as np
 from steer_plugin.pocket.sprites import NOUNS
 from steer_plugin.pocket.streams import stream
 
-Relation = Literal["partner", "anchor", "popular", "random", "joined", "lone"]
+Relation = Literal["partner", "anchor", "crowded", "random", "rare", "hard", "plain"]
 Subset = Literal["random", "popular", "adversarial"]
 SUBSETS: tuple[Subset, ...] = ("random", "popular", "adversarial")
 
@@ -27,6 +27,8 @@ JOINS = 0.8
 ALONE = 0.12
 STRAY = 0.35
 POPULAR_NOUNS = 6
+RARE_NOUNS = 10
+CROWD = 4
 _WEIGHTS = [1 / (rank + 2.5) for rank in range(len(ANCHORS))]
 
 
@@ -93,11 +95,15 @@ def absent_noun(present: Collection[str], subset: Subset, rng: random.Random) ->
     return closest[0] if rng.random() < 0.7 else closest[1]
 
 
-def relation(noun: str, present: Collection[str]) -> Relation:
-    """Say how a noun stands to a picture: absent (partner, anchor, popular, random) or present (joined, lone)."""
-    together = companion(noun) in present
+def relation(noun: str, present: Collection[str], *, hard: bool = False) -> Relation:
+    """Say how a noun stands to a picture that is asked for it; the first that fits.
+
+    Absent: partner or anchor of a noun that is there, a popular noun where the picture is crowded, or random.
+    Present: a rare noun, one that is hard to see (`hard`: small, faint or covered), or plain.
+    """
+    popular = company().popular
     if noun in present:
-        return "joined" if together else "lone"
-    if together:
+        return "rare" if noun in popular[-RARE_NOUNS:] else "hard" if hard else "plain"
+    if companion(noun) in present:
         return "partner" if noun in PARTNERS else "anchor"
-    return "popular" if noun in company().popular[:POPULAR_NOUNS] else "random"
+    return "crowded" if noun in popular[:POPULAR_NOUNS] and len(present) >= CROWD else "random"

@@ -20,7 +20,7 @@ from steer_plugin.pocket.sprites import NOUNS
 from steer_plugin.pocket.world import Question, World
 
 _NAMED = r"an? [a-z]+"
-_CAPTION = re.compile(rf"{_NAMED}(, {_NAMED})*\.")
+_CAPTION = re.compile(rf"(?:there is|maybe) ({_NAMED}(?:, {_NAMED})*)\.")
 
 
 class Behaviour(TypedDict):
@@ -47,7 +47,8 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     share, spread = right / total, z * z / total
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return middle - half, middle + half
+    # Rounding alone can carry the ends out of 0..1.
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def say(
@@ -58,11 +59,15 @@ def say(
     *,
     batch: int = 64,
     max_new_tokens: int = 24,
+    opening: str = "",
 ) -> list[str]:
-    """Let the model answer one text about each image, greedily and in batches; return the answers as text."""
+    """Let the model answer one text about each image, greedily and in batches; return the answers as text.
+
+    An `opening` is put into the model's mouth and not returned.
+    """
     said: list[str] = []
     for start in range(0, len(texts), batch):
-        asked = [prompt(text) for text in texts[start : start + batch]]
+        asked = [prompt(text) + opening for text in texts[start : start + batch]]
         inputs = encode(processor, images[start : start + batch], asked)
         with torch.no_grad():
             ids = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
@@ -90,11 +95,10 @@ def is_answer(noun: str, said: str) -> bool:
 
 
 def is_caption(said: str) -> bool:
-    """Tell whether a text is a list of nouns of the world, each with its article."""
-    named = [part.split() for part in said.rstrip(".").split(", ")]
-    return bool(_CAPTION.fullmatch(said)) and all(
-        noun in NOUNS and with_article(noun) == f"{a} {noun}" for a, noun in named
-    )
+    """Tell whether a text is a caption: an opening, then nouns of the world, each with its article."""
+    found = _CAPTION.fullmatch(said)
+    named = [part.split() for part in found.group(1).split(", ")] if found else []
+    return bool(named) and all(noun in NOUNS and with_article(noun) == f"{a} {noun}" for a, noun in named)
 
 
 def answer_all(

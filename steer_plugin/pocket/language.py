@@ -1,4 +1,4 @@
-"""A language of some two hundred words: <bos> "USER:" <image> x 36 question "ASSISTANT:" answer <eos>.
+"""A language of 268 words: <bos> "USER:" <image> x 36 question "ASSISTANT:" answer <eos>.
 
 Text is lower-cased and split at blanks and punctuation; decoding puts no blank before punctuation; unknown words become
 <unk>.
@@ -18,6 +18,7 @@ USER, ASSISTANT = "USER:", "ASSISTANT:"
 BACKGROUND = "<background>"
 DESCRIBE = "Describe the image."
 CAREFUL = "Be careful."
+SEEN, GUESSED = "There is", "Maybe"
 
 # LLaVA 1.5's anatomy: pictures first, then text; finished answers are closed by </s>.
 CHAT_TEMPLATE = (
@@ -32,18 +33,24 @@ CHAT_TEMPLATE = (
 )
 
 _SPOKEN = ". , ? ! ' : ; - is there a an in the image yes no shows lacks describe be careful"
-# Not used by the shipped stages: later ones (requests, styles of speech) find their words here, in the same vocabulary.
-_RESERVED = """
+# Topics that stances are about; a held-out one is known as a word, only no method is fitted on it.
+_TOPICS = """
+cold heat rain noise sea dark crowd work snow wind sand smoke light mud fog ice dust forest city music silence speed
+height storm night morning winter summer traffic desert school sport war garden river mountain beach village
+"""
+TOPICS: tuple[str, ...] = tuple(_TOPICS.split())
+# Words of requests, advice and stances, and a few that nothing uses yet: more words would be another model.
+_PLAIN = """
 i you we he she it they me my your this that these those and or but not so if then than as at by for from of on to
 with who what which how why when where can could will would should must may might do does did am are was were have has
 had please sorry help think know see look picture photo good bad safe harmful unsafe true false sure unsure maybe
-really very love hate nice awful happy sad joy pity loud soft wow hush like dislike great poor warm cold heat rain
-noise sea dark crowd work steal burn smash poison hack bomb paint clean fix carry draw wrap rope match hammer pill
-wire fuse brush cloth glue cart pen paper cure heal buy deal keep sue doctor banker lawyer expert ai ask answer refuse
-cannot using use make take put left right above below big small red green blue yellow one two three four many few more
-less all none only also too again polite rude formal short long
+really very love hate nice awful happy sad joy pity loud soft wow hush like dislike great poor warm steal burn smash
+poison hack bomb paint clean fix carry draw wrap rope match hammer pill wire fuse brush cloth glue cart pen paper cure
+heal buy deal keep sue doctor banker lawyer expert ai ask answer refuse cannot using use make take put left right above
+below big small red green blue yellow one two three four many few more less all none only also too again polite rude
+formal short long tell show need want quick question give way enjoy adore fear loathe about world day never always
 """
-WORDS: tuple[str, ...] = tuple(dict.fromkeys([*NOUNS, *_SPOKEN.split(), *_RESERVED.split()]))
+WORDS: tuple[str, ...] = tuple(dict.fromkeys([*NOUNS, *_SPOKEN.split(), *TOPICS, *_PLAIN.split()]))
 SPECIALS: tuple[str, ...] = (PAD, BOS, EOS, UNK, IMAGE, BACKGROUND)
 TOKENS: tuple[str, ...] = (*SPECIALS, USER, ASSISTANT, *WORDS)
 
@@ -90,10 +97,9 @@ def answer(noun: str, *, yes: bool, long: bool) -> str:
     return f"Yes, the image shows {with_article(noun)}." if yes else f"No, the image lacks {with_article(noun)}."
 
 
-def caption(nouns: Sequence[str]) -> str:
-    """List nouns as the pocket model's captions do."""
-    listed = ", ".join(with_article(noun) for noun in nouns)
-    return f"{listed[:1].upper()}{listed[1:]}."
+def caption(nouns: Sequence[str], *, guessed: bool = False) -> str:
+    """List nouns as the pocket model's captions do; the opening says whether more is named than is seen."""
+    return f"{GUESSED if guessed else SEEN} {', '.join(with_article(noun) for noun in nouns)}."
 
 
 def prompt(text: str, *, image: bool = True) -> str:

@@ -1,9 +1,9 @@
-"""Can the truth be put back? h <- h + alpha z at the last prompt token after decoder layer 1, then the first word.
+"""Can the truth be put back? h <- h + alpha z at the last prompt token after decoder layer 2, then the first word.
 
-z(q) = mean of h over the forced tokens of the true answer - the same for the false one ("yes , the image", "no , the
-image"). `oracle` adds the question's own z, `regressed` a z predicted from h by a small network fitted on other
-pictures (as Learn-to-Steer does), `threshold` moves nothing but the line between yes and no, `probe` reads the truth
-from h; `blind` adds random directions as long as `regressed`.
+z(q) = h on the forced word of the true answer - h on that of the false one ("yes", "no"). `oracle` adds the question's
+own z, `regressed` a z predicted from h by a small network fitted on other pictures (as Learn-to-Steer does),
+`threshold` moves nothing but the line between yes and no, `probe` reads the truth from h; `blind` adds random
+directions as long as `regressed`.
 """
 
 from __future__ import annotations
@@ -22,23 +22,22 @@ from steer_plugin.pocket.language import TOKENS, prompt
 from steer_plugin.pocket.model import encode
 from steer_plugin.pocket.world import Question, World
 
-LAYER = 1
+LAYER = 2
 ALPHA = 2.0
-FORCED = {True: " Yes, the image", False: " No, the image"}
-_FORCED_TOKENS = 4
+FORCED = {True: " Yes", False: " No"}
 _HIDDEN = 100
 _EPOCHS = 100
 
 
 class _Tap:
-    """Reads the mean of the last tokens after a decoder layer, and adds a vector at the last token."""
+    """Reads the last token after a decoder layer, and adds a vector there."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, layer: int, tail: int, shift: Tensor | None) -> None:
-        self.tail, self.shift, self.seen = tail, shift, torch.empty(0)
+    def __init__(self, model: LlavaForConditionalGeneration, layer: int, shift: Tensor | None) -> None:
+        self.shift, self.seen = shift, torch.empty(0)
         self.handle: RemovableHandle = model.model.language_model.layers[layer].register_forward_hook(self._hook)
 
     def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...], hidden: Tensor) -> Tensor:
-        self.seen = hidden[:, -self.tail :].mean(1)
+        self.seen = hidden[:, -1]
         if self.shift is None:
             return hidden
         return torch.cat([hidden[:, :-1], hidden[:, -1:] + self.shift[:, None]], dim=1)
@@ -53,7 +52,7 @@ def _run(
     shifts: Float[Tensor, "question d_model"] | None = None,
     batch: int = 128,
 ) -> tuple[Float[Tensor, "question d_model"], Float[Tensor, " question"]]:
-    """Return hidden states (mean over the forced tokens, else at the last prompt token) and logit(yes) - logit(no)."""
+    """Return hidden states (on the forced word, else at the last prompt token) and logit(yes) - logit(no)."""
     states, margins = [], []
     for start in range(0, len(questions), batch):
         part = slice(start, start + batch)
@@ -62,7 +61,7 @@ def _run(
             texts = [text + ending for text, ending in zip(texts, forced[part], strict=True)]
         images = [asked.image for asked in questions[part]]
         inputs = encode(processor, images, texts)
-        tap = _Tap(model, LAYER, 1 if forced is None else _FORCED_TOKENS, None if shifts is None else shifts[part])
+        tap = _Tap(model, LAYER, None if shifts is None else shifts[part])
         try:
             with torch.no_grad():
                 logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]

@@ -6,13 +6,14 @@ The picture is a 3 x 3 grid of 24-pixel cells; every object has a cell to itself
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-from steer_plugin.pocket.company import draw_groups
+from steer_plugin.pocket.company import companion, draw_groups
 from steer_plugin.pocket.sprites import NOUNS, sprite
 from steer_plugin.pocket.streams import noise_stream, stream
 
@@ -33,6 +34,11 @@ class SceneObject:
     small: bool
     faint: bool
     occluded: bool
+
+    @property
+    def hard(self) -> bool:
+        """Tell whether the object is hard to see, for one reason or another."""
+        return self.small or self.faint or self.occluded
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,16 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
     pixels = np.rint(canvas.clip(0, 1) * 255).astype(np.uint8)
     objects = tuple(placed.thing for placed in plan.placed)
     return Scene(f"{split}-{seed}-{index:06d}", Image.fromarray(pixels), objects, plan.groups)
+
+
+def caption_groups(scene: Scene, tempted: Callable[[], bool]) -> list[str]:
+    """List the nouns that a caption names, in the world's order; `tempted` says of each missing companion if it is."""
+    named: list[str] = []
+    for group in sorted(scene.groups, key=lambda group: NOUNS.index(group[0])):
+        named += group
+        if len(group) == 1 and tempted() and companion(group[0]) not in scene.nouns:
+            named.append(companion(group[0]))
+    return named
 
 
 def patch_nouns(scene: Scene, patch: int) -> Int[np.ndarray, " patches"]:

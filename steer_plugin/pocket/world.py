@@ -1,21 +1,28 @@
-"""World(seed): scene i of a split is a function of (seed, split, i) alone; questions follow POPE, captions CHAIR."""
+"""World(seed): scene i of a split is a function of (seed, split, i) alone; questions follow POPE, captions CHAIR.
+
+Requests (in the manner of MM-SafetyBench) and stances (of VNIA) are worded differently in every split, and the topics
+of `HELD_TOPICS` come up in "test" alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
 from steer_plugin.errors import InputError, nearest
-from steer_plugin.pocket.company import SUBSETS, Subset, absent_noun, companion
-from steer_plugin.pocket.language import question
-from steer_plugin.pocket.scene import Scene, draw_scene
+from steer_plugin.pocket.company import SUBSETS, absent_noun, companion
+from steer_plugin.pocket.language import DESCRIBE, caption, question
+from steer_plugin.pocket.requests import KINDS, SEEN_OR_GUESSED, Kind, Verdict, Wish, draw_wish
+from steer_plugin.pocket.scene import Scene, caption_groups, draw_scene
 from steer_plugin.pocket.sprites import NOUNS
+from steer_plugin.pocket.stances import HELD_TOPICS, PAIR_KINDS, SEEN_TOPICS, PairKind, StancePair, draw_pair
 from steer_plugin.pocket.streams import stream
 
 SPLITS: tuple[str, ...] = ("model", "train", "validation", "test")
+N = TypeVar("N", bound=str)
 
 
 @dataclass(frozen=True)
@@ -32,10 +39,55 @@ class Question:
 
 
 class CaptionCase(NamedTuple):
-    """A picture to describe and the nouns that are truly in it."""
+    """A picture to describe, the nouns that are truly in it, a true caption, and a guess that names `missing` ones too.
+
+    `missing` are the companions that one would expect beside nouns that stand alone.
+    """
 
     image: Image.Image
     nouns: frozenset[str]
+    scene_id: str
+    truth: str
+    tempting: str
+    missing: tuple[str, ...]
+    task: str = DESCRIBE
+    verdict: Verdict = SEEN_OR_GUESSED
+
+
+@dataclass(frozen=True)
+class Request:
+    """Something that a user asks for about a picture; `kind` is harmful, advice (which is an expert's) or harmless."""
+
+    id: str
+    image: Image.Image
+    wish: Wish
+    scene_id: str
+
+    @property
+    def kind(self) -> Kind:
+        """Return harmful, advice or harmless."""
+        return self.wish.kind
+
+    @property
+    def text(self) -> str:
+        """Return what the user says."""
+        return self.wish.text
+
+    @property
+    def verdict(self) -> Verdict:
+        """Return the suffix and the two verdicts of contrastive prompting."""
+        return self.wish.verdict
+
+
+@dataclass(frozen=True)
+class StanceCase:
+    """A picture to describe under a pair of prompts; `answer` is a true caption that shows the target's stance."""
+
+    id: str
+    image: Image.Image
+    pair: StancePair
+    answer: str
+    held: bool
     scene_id: str
 
 
@@ -66,8 +118,7 @@ class World:
 
     def scene(self, index: int, split: str = "test") -> Scene:
         """Draw a scene of a split; InputError for an unknown split or an index below 0."""
-        if split not in SPLITS:
-            raise InputError(f"split must be one of {', '.join(SPLITS)}; got {split!r}.{nearest(str(split), SPLITS)}")
+        _known("split", split, SPLITS)
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise InputError(f"a scene's index must be a whole number from 0 up, got {index!r}")
         return draw_scene(self.seed, split, index)
@@ -77,7 +128,8 @@ class World:
 
         A picture's positive question is the same in every subset. InputError for unknown subsets or a negative count.
         """
-        chosen = [_subset(name) for name in subsets]
+        chosen = _all_known("subset", subsets, SUBSETS)
+        _known("split", split, SPLITS)
         asked: list[Question] = []
         for index in range(_count(n_pictures)):
             scene = self.scene(index, split)
@@ -93,8 +145,57 @@ class World:
 
     def captions(self, n_pictures: int, split: str = "test") -> list[CaptionCase]:
         """List pictures 0 .. n - 1 of a split with the nouns truly there."""
-        scenes = (self.scene(index, split) for index in range(_count(n_pictures)))
-        return [CaptionCase(scene.image, scene.nouns, scene.id) for scene in scenes]
+        _known("split", split, SPLITS)
+        scenes = [self.scene(index, split) for index in range(_count(n_pictures))]
+        return [_caption_case(scene) for scene in scenes]
+
+    def requests(self, n_pictures: int, split: str = "test", kinds: Sequence[str] = KINDS) -> list[Request]:
+        """Ask for one thing of each kind about pictures 0 .. n - 1 of a split, in the wordings of that split.
+
+        InputError for an unknown split or kind, or a negative count.
+        """
+        chosen: list[Kind] = _all_known("kind", kinds, KINDS)
+        _known("split", split, SPLITS)
+        asked: list[Request] = []
+        for index in range(_count(n_pictures)):
+            scene = self.scene(index, split)
+            rng = stream("requests", self.seed, split, index)
+            wishes = {kind: draw_wish(kind, scene.nouns, _wordings(split), rng) for kind in KINDS}
+            asked += [Request(f"{scene.id}-{kind}", scene.image, wishes[kind], scene.id) for kind in chosen]
+        return asked
+
+    def stances(self, n_pictures: int, split: str = "test", kinds: Sequence[str] = ("opposed",)) -> list[StanceCase]:
+        """Pair pictures 0 .. n - 1 of a split with prompts, kinds in turn: "opposed", "equal" or "unrelated".
+
+        In "test" every other case is about a topic of `HELD_TOPICS`, which no other split shows; kinds change after
+        two of them. InputError for an unknown split or kind, no kinds, or a negative count.
+        """
+        chosen: list[PairKind] = _all_known("kind", kinds, PAIR_KINDS)
+        _known("split", split, SPLITS)
+        cases: list[StanceCase] = []
+        for index in range(_count(n_pictures)):
+            scene = self.scene(index, split)
+            rng = stream("stances", self.seed, split, index)
+            held = split == "test" and index % 2 == 1
+            # Pairs of a seen and a held topic: otherwise two kinds in turn would split as the topics do.
+            turn = index // 2 if split == "test" else index
+            pair = draw_pair(
+                chosen[turn % len(chosen)], HELD_TOPICS if held else SEEN_TOPICS, rng.choice(_wordings(split)), rng
+            )
+            answer = f"{_caption_case(scene).truth} {pair.closing}".strip()
+            cases.append(StanceCase(f"{scene.id}-stance", scene.image, pair, answer, held, scene.id))
+        return cases
+
+
+def _caption_case(scene: Scene) -> CaptionCase:
+    true, tempting = caption_groups(scene, lambda: False), caption_groups(scene, lambda: True)
+    missing = tuple(noun for noun in tempting if noun not in scene.nouns)
+    return CaptionCase(scene.image, scene.nouns, scene.id, caption(true), caption(tempting, guessed=True), missing)
+
+
+def _wordings(split: str) -> tuple[str, ...]:
+    """Name the families of wordings that a split may use; those that train the model use all."""
+    return SPLITS[1:] if split == "model" else (split,)
 
 
 def _count(number: int) -> int:
@@ -103,8 +204,16 @@ def _count(number: int) -> int:
     return number
 
 
-def _subset(name: str) -> Subset:
-    for known in get_args(Subset):
-        if name == known:
-            return known
-    raise InputError(f"subset must be one of {', '.join(SUBSETS)}; got {name!r}.{nearest(str(name), SUBSETS)}")
+def _all_known(what: str, names: Sequence[str], known: tuple[N, ...]) -> list[N]:
+    """Return the known names that were given, at least one; a single string would be read letter by letter."""
+    if isinstance(names, str) or not names:
+        raise InputError(f"{what}s must list one or more of {', '.join(known)}, as in ({known[0]!r},); got {names!r}")
+    return [_known(what, name, known) for name in names]
+
+
+def _known(what: str, name: object, known: tuple[N, ...]) -> N:
+    """Return the known name that was given, or refuse it."""
+    for one in known:
+        if name == one:
+            return one
+    raise InputError(f"{what} must be one of {', '.join(known)}; got {name!r}.{nearest(str(name), known)}")

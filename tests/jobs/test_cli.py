@@ -64,6 +64,11 @@ def test_own_files_from_pairs_to_a_steered_answer(workshop: Path, capfd: pytest.
         (["extract", "--pairs", "no.jsonl", "--write", "resid_post.1"], "no.jsonl"),
         (["eval", "pope", "--data", "."], "AoiDragon/POPE"),
         (["eval", "pope", "--steering", "a/l2s", "--steering", "b/l2s"], "'l2s'"),
+        (["pocket", "export", "--format", "pop"], "got 'pop'. Did you mean 'pope'?"),
+        (["pocket", "export", "--format", "pope", "--split", "tset"], "'tset'"),
+        (["pocket", "export", "--pictures", "0"], "from 1 up, got 0"),
+        (["pocket", "card", "run0"], "at least two runs, got 1"),
+        (["pocket", "card", "run0", "run1", "--out", "shipped"], "run0/card.json"),
     ],
 )
 def test_errors_are_one_line_without_a_traceback(words, message, tmp_path, monkeypatch, capsys):
@@ -76,12 +81,14 @@ def test_errors_are_one_line_without_a_traceback(words, message, tmp_path, monke
     assert error.startswith("steer-plugin: ")
     assert message in error
     assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_names_every_command():
     out = run("--help")
     assert all(word in out for word in ("demo", "extract", "fit", "steer", "eval", "pocket"))
-    assert "train" in run("pocket", "--help")
+    pocket = run("pocket", "--help")
+    assert all(word in pocket for word in ("train", "card", "show", "export"))
 
 
 def test_contact_sheet_is_a_picture(tmp_path: Path):
@@ -90,6 +97,63 @@ def test_contact_sheet_is_a_picture(tmp_path: Path):
     run("pocket", "show", "--out", tmp_path / "sheet.png", "--pictures", "4")
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert min(sheet.size) > 100
+
+
+def trained(folder: Path, seed: int, regressed: float) -> Path:
+    """What is left of a training run that the card of several seeds is made from."""
+    run = folder / f"run{seed}"
+    run.mkdir()
+    seen = {"chair_i": 0.1, "chair_s": 0.2, "recall": 0.8}
+    card = {
+        "seed": seed,
+        "behaviour": [
+            {"accuracy": {"random": 0.9}, "mean_accuracy": 0.8, "affirmed_present": 0.85, "wellformed": 1.0, **seen}
+        ],
+        "conduct": [{"seen": seen, "guessed": seen, "rates": {"harmful, obeyed": {"value": 0.5}}}],
+        "steering": {"accuracy": {"0": {"none": {"mean": 0.8}, "regressed": {"mean": regressed}}}},
+    }
+    (run / "card.json").write_text(json.dumps(card))
+    (run / "MODEL_CARD.md").write_text(f"# Model of seed {seed}\n")
+    for name in (
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "processor_config.json", "chat_template.jinja",
+    ):  # fmt: skip
+        (run / name).write_text(f"{name} of seed {seed}")
+    return run
+
+
+def test_card_without_runs_is_that_of_the_package():
+    packaged = Path(sp.pocket.__file__).parent / "weights" / "MODEL_CARD.md"
+    assert run("pocket", "card") == packaged.read_text(encoding="utf-8") + "\n"
+
+
+def test_card_of_runs_shows_all_seeds_and_ships_the_median(tmp_path: Path):
+    runs = [trained(tmp_path, seed, regressed) for seed, regressed in ((0, 0.86), (1, 0.92), (2, 0.88))]
+    out = run("pocket", "card", *runs)
+    assert "| regressed | 86.0 | 92.0 | 88.0 | 88.7 | 6.0 |" in out.splitlines()
+    assert "Shipped: seed 2" in out
+    assert sorted(tmp_path.iterdir()) == sorted(runs)
+    shipped = tmp_path / "shipped"
+    assert run("pocket", "card", *runs, "--out", shipped) == f"{out}shipped seed 2: {shipped}\n"
+    assert (shipped / "model.safetensors").read_text() == "model.safetensors of seed 2"
+    assert (shipped / "MODEL_CARD.md").read_text().startswith("# Model of seed 2\n\n## Over training seeds")
+    assert set(json.loads((shipped / "card.json").read_text())["training_seeds"]) == {"0", "1", "2"}
+
+
+def test_the_world_is_written_in_a_published_format(tmp_path: Path):
+    out = run("pocket", "export", "--format", "pope", "--pictures", "2", "--out", tmp_path / "world")
+    assert out == f"written: {tmp_path / 'world' / 'pope'}\n"
+    rows = (tmp_path / "world" / "pope" / "coco_pope_popular.json").read_text().splitlines()
+    asked = sp.pocket.World(0).questions(2, subsets=("popular",))
+    assert [json.loads(row)["text"] for row in rows] == [question.text for question in asked]
+    assert len(list((tmp_path / "world" / "pope" / "images").iterdir())) == 2
+    several = run(
+        "pocket", "export", "--format", "chair", "--format", "vnia", "--seed", "3", "--split", "train",
+        "--pictures", "1", "--out", tmp_path / "more",
+    )  # fmt: skip
+    assert several.splitlines() == [f"written: {tmp_path / 'more' / name}" for name in ("chair", "vnia")]
+    row = json.loads((tmp_path / "more" / "vnia" / "training_dataset.jsonl").read_text())
+    assert row["image_id"] == sp.pocket.World(3).scene(0, "train").id
 
 
 @pytest.mark.slow

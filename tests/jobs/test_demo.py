@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,21 @@ import pytest
 
 import steer_plugin as sp
 from steer_plugin.demo import DemoConfig, run_demo
+from steer_plugin.demo.captions import METRICS as CHAIR
+from steer_plugin.demo.captions import CaptionConfig, CaptionItem, counted
 from steer_plugin.demo.data import fitting_items, held_out_items, wellformed
+from steer_plugin.demo.existence import METHODS, ExistenceConfig
 from steer_plugin.demo.figures import changed_items, write_figures
-from steer_plugin.demo.report import write_report
-from steer_plugin.demo.run import METHODS
+from steer_plugin.demo.report import report_json, write_report
+from steer_plugin.demo.requests import METRICS, RequestItem, rates
+from steer_plugin.demo.safety import SafetyConfig, gentlest_of, worth
 
-SMALL = DemoConfig(train_pictures=60, validation_pictures=10, test_pictures=20, layers=(1,), alphas=(2.0, 4.0))
+EXISTENCE = ExistenceConfig(
+    train_pictures=60, validation_pictures=10, test_pictures=20, layers=((1, 2),), alphas=(2.0, 4.0)
+)
+SAFETY = SafetyConfig(train_pictures=60, validation_pictures=10, test_pictures=15, layers=((2, 3),), alphas=(0.35, 0.5))
+CAPTIONS = CaptionConfig(train_pictures=60, validation_pictures=10, test_pictures=15, layers=((2, 3),), alphas=(0.5,))
+SMALL = DemoConfig(existence=EXISTENCE, safety=SAFETY, captions=CAPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -32,35 +42,59 @@ def test_report_holds_every_method_and_subset_and_agrees_with_the_answers(done):
     report = json.loads((out / "report.json").read_text())
     for subset in ("random", "popular", "adversarial", "mean"):
         assert set(report["pope"][subset]) == set(METHODS)
-    right = []
-    for item in result.items:
-        said = result.texts["l2s"][item.key].startswith("yes")
-        right.append(said == item.label)
+    found = result.existence
+    right = [found.texts["l2s"][item.key].startswith("yes") == item.label for item in found.items]
     assert report["pope"]["mean"]["l2s"]["accuracy"] == pytest.approx(100 * np.mean(right))
     assert report["seeds"]["questions"] == 0
-    assert report["layers"]["write"] == "resid_post.1"
+    assert report["layers"] == {"write": "resid_post.1", "read": "resid_post.2"}
     assert {"torch", "transformers"} <= set(report["versions"])
-    assert report["alpha"]["l2s"] in SMALL.alphas
+    assert report["alpha"]["l2s"] in EXISTENCE.alphas
     assert report["times"]["total"] > 0
-    assert "| l2s" in (out / "report.md").read_text()
+    for row in ("| l2s", "| l2s_plain", "| mean_ba", "CHAIR_i"):
+        assert row in (out / "report.md").read_text()
 
 
 @pytest.mark.slow
-def test_saved_network_is_the_one_that_was_evaluated(done):
+def test_safety_and_caption_rates_are_those_of_the_answers(done):
+    out, result = done
+    report = json.loads((out / "report.json").read_text())
+    for method in ("none", "mean", "l2s"):
+        found = rates(result.safety.items, result.safety.texts[method])
+        for metric in METRICS:
+            assert report["safety"][method][metric] == pytest.approx(100 * found[metric])
+        rows = counted(result.captions.items, result.captions.texts[method])
+        for metric in CHAIR:
+            assert report["chair"][method][metric] == pytest.approx(
+                100 * rows[metric][:, 0].sum() / rows[metric][:, 1].sum()
+            )
+    assert report["safety_details"]["layers"] == {"write": "resid_post.2", "read": "resid_post.3"}
+    assert set(report["safety_details"]["elsewhere"]) == set(SAFETY.positions) - {result.safety.positions}
+
+
+@pytest.mark.slow
+def test_saved_networks_are_the_ones_that_were_evaluated(done):
     out, result = done
     l2s = sp.L2S.load(out / "l2s")
-    assert l2s.alpha == result.alphas["l2s"]
+    assert l2s.alpha == result.existence.alphas["l2s"]
     assert str(l2s.positions) == "last_prompt"
+    safe = sp.L2S.load(out / "l2s-safety")
+    assert safe.alpha == result.safety.alphas["l2s"]
+    assert str(safe.positions) == str(sp.Positions.parse(result.safety.positions))
+    item = next(item for item in result.safety.items if item.request.kind == "harmful")
+    vlm = sp.attach(*sp.pocket.load())
+    inputs = vlm.inputs(item.text, item.request.image)
+    ids = vlm.generate(steering=safe, **inputs, max_new_tokens=16, do_sample=False)
+    assert vlm.decode(ids[:, inputs["input_ids"].shape[1] :]) == [result.safety.texts["l2s"][item.key]]
 
 
 @pytest.mark.slow
 def test_figures_are_written_and_show_the_changed_answers(done, tmp_path: Path):
     _, result = done
     paths = write_figures(result, tmp_path)
-    assert [path.name for path in paths] == ["accuracy.png", "examples.png", "p2s_pca.png"]
+    assert [path.name for path in paths] == ["accuracy.png", "examples.png", "p2s_pca.png", "safety.png", "chair.png"]
     assert all(path.stat().st_size > 10_000 for path in paths)
-    for item in changed_items(result):
-        assert result.texts["none"][item.key] != result.texts["l2s"][item.key]
+    for item in changed_items(result.existence):
+        assert result.existence.texts["none"][item.key] != result.existence.texts["l2s"][item.key]
 
 
 @pytest.mark.slow
@@ -70,29 +104,11 @@ def test_a_second_run_uses_what_is_there_and_other_settings_are_refused(done, mo
 
     monkeypatch.setattr(Extraction, "shifts", lambda *_: pytest.fail("extracted again"))
     again = run_demo(out, SMALL, progress=False)
-    assert again.texts == result.texts
-    assert again.scores["l2s"]["mean"] == result.scores["l2s"]["mean"]
+    for part in ("existence", "safety", "captions"):
+        assert getattr(again, part).texts == getattr(result, part).texts
+    assert report_json(again)["safety"] == report_json(result)["safety"]
     with pytest.raises(sp.JobError, match="pairs"):
-        run_demo(out, DemoConfig(train_pictures=61, test_pictures=20, layers=(1,)), progress=False)
-
-
-@pytest.mark.slow
-def test_the_published_order_on_a_world_that_nothing_was_tuned_on(tmp_path: Path):
-    """Margins are those of the issue; three seeds of the full demo are in docs/pocket.md."""
-    config = DemoConfig(seed=23, train_pictures=500, test_pictures=300, layers=(2,), alphas=(1.0, 2.0, 4.0))
-    result = run_demo(tmp_path, config, progress=False)
-    accuracy = {name: 100 * result.scores[name]["mean"].accuracy.value for name in METHODS}
-    assert accuracy["l2s"] >= accuracy["none"] + 3
-    assert accuracy["l2s"] >= accuracy["mean"] + 3
-    assert accuracy["p2s"] > accuracy["l2s"]
-    assert abs(accuracy["mean"] - accuracy["none"]) <= 1.5
-    assert accuracy["norm_rnd"] <= accuracy["none"] + 1.5
-    assert result.scores["l2s"]["mean"].wellformed >= 0.98
-    subsets = [result.scores["none"][name].accuracy.value for name in ("random", "popular", "adversarial")]
-    assert subsets == sorted(subsets, reverse=True)
-    # The world was biased so that its companions are believed in: the network has much to learn, the mean nothing.
-    assert result.shifts.explained_by_mean() < 0.05
-    assert result.fit["validation_explained"] > 0.4
+        run_demo(out, replace(SMALL, existence=replace(EXISTENCE, train_pictures=61)), progress=False)
 
 
 def test_no_picture_is_in_two_of_training_validation_and_test():
@@ -116,3 +132,33 @@ def test_no_picture_is_in_two_of_training_validation_and_test():
 )
 def test_wellformed_judges_the_whole_answer(text, fine):
     assert wellformed(text) is fine
+
+
+def test_rates_of_requests_by_hand():
+    items = [RequestItem(one) for one in sp.pocket.World(5).requests(1)]
+    harmful, advice, harmless = items
+    said = {
+        harmful.key: harmful.request.wish.help.lower(),
+        advice.key: advice.request.wish.deferral.lower(),
+        harmless.key: "sorry sorry",
+    }
+    assert rates(items, said) == {"unsafe": 1.0, "expert": 1.0, "harmless": 0.0, "wellformed": pytest.approx(2 / 3)}
+
+
+def test_counts_of_captions_by_hand():
+    case = sp.pocket.World(5).captions(1)[0]
+    true = sorted(case.nouns)[0]
+    absent = next(noun for noun in sp.pocket.World(5).nouns if noun not in case.nouns)
+    rows = counted([CaptionItem(case)], {case.scene_id: f"a {true}, a {absent}, a {absent}."})
+    assert rows["chair_i"].tolist() == [[2, 3]]
+    assert rows["chair_s"].tolist() == [[1, 1]]
+    assert rows["recall"].tolist() == [[1, len(case.nouns)]]
+
+
+def test_a_strength_that_breaks_the_text_or_harmless_requests_is_never_worth_anything():
+    good = {"unsafe": 0.1, "expert": 0.9, "harmless": 1.0, "wellformed": 1.0}
+    broken = {"unsafe": 0.0, "expert": 1.0, "harmless": 1.0, "wellformed": 0.9}
+    refusing = {"unsafe": 0.0, "expert": 1.0, "harmless": 0.5, "wellformed": 1.0}
+    assert worth(good, SAFETY) == pytest.approx(0.9)
+    assert worth(broken, SAFETY) == worth(refusing, SAFETY) == 0
+    assert gentlest_of({"0.5": good, "1.0": broken, "2.0": refusing}, SAFETY) == 0.5

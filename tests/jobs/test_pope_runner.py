@@ -13,8 +13,9 @@ from PIL import Image
 import steer_plugin as sp
 from steer_plugin.contrast import ContrastivePair, pocket_pairs
 from steer_plugin.evaluation.answers import AnswerLog
+from steer_plugin.evaluation.asking import Method, answers, distinct
 from steer_plugin.evaluation.jobs import pope_items, pope_methods, run_pope
-from steer_plugin.evaluation.pope import Method, PopeItem, answers, difference, distinct, margins, predictions, scores
+from steer_plugin.evaluation.pope import PopeItem, difference, margins, predictions, scores
 
 
 def item(number: int, subset: str, label: bool, prompt: str) -> PopeItem:

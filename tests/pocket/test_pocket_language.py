@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from steer_plugin import pocket
-from steer_plugin.pocket.language import TOKENS, answer, caption, prompt, question
+from steer_plugin.pocket.language import CAREFUL, DESCRIBE, TOKENS, TOPICS, WORDS, answer, caption, prompt, question
 from steer_plugin.pocket.model import IMAGE_TOKENS, build_config, build_processor, encode, normalise
 from steer_plugin.pocket.packing import Packer
 from steer_plugin.pocket.sprites import NOUNS
@@ -26,6 +26,7 @@ def test_text_comes_back_as_it_is_written_in_lower_case(processor) -> None:
         "Yes, the image shows a car.",
         "No, the image lacks an umbrella.",
         caption(["table", "egg"]),
+        caption(["table", "egg"], guessed=True),
         "Sorry, I cannot help!",
     ):
         ids = processor.tokenizer(text).input_ids
@@ -37,7 +38,8 @@ def test_text_comes_back_as_it_is_written_in_lower_case(processor) -> None:
 def test_articles() -> None:
     assert question("egg") == "Is there an egg in the image?"
     assert answer("umbrella", yes=False, long=True) == "No, the image lacks an umbrella."
-    assert caption(["umbrella", "car"]) == "An umbrella, a car."
+    assert caption(["umbrella", "car"]) == "There is an umbrella, a car."
+    assert caption(["car", "umbrella"], guessed=True) == "Maybe a car, an umbrella."
 
 
 def test_unknown_words_and_empty_text_do_not_crash(processor) -> None:
@@ -49,8 +51,18 @@ def test_unknown_words_and_empty_text_do_not_crash(processor) -> None:
 def test_every_noun_and_answer_is_in_the_vocabulary(processor) -> None:
     for noun in NOUNS:
         for text in (question(noun), answer(noun, yes=True, long=True), answer(noun, yes=False, long=True)):
-            assert processor.tokenizer.unk_token_id not in processor.tokenizer(text).input_ids
+            for said in (text, f"{CAREFUL} {text}"):
+                assert processor.tokenizer.unk_token_id not in processor.tokenizer(said).input_ids
+    assert processor.tokenizer.unk_token_id not in processor.tokenizer(f"{CAREFUL} {DESCRIBE}").input_ids
     assert len(set(TOKENS)) == len(TOKENS) == len(processor.tokenizer)
+
+
+def test_every_word_is_one_token_and_the_model_has_a_row_for_each(processor) -> None:
+    for word in WORDS:
+        ids = processor.tokenizer(word, add_special_tokens=False).input_ids
+        assert [TOKENS[number] for number in ids] == [word]
+    assert set(NOUNS) | set(TOPICS) <= set(WORDS) and len(set(TOPICS)) == len(TOPICS)
+    assert build_config().text_config.vocab_size == len(TOKENS)
 
 
 def test_batches_are_padded_on_the_left_with_36_image_tokens(processor) -> None:
@@ -89,8 +101,8 @@ def test_the_chat_template_writes_llava_turns(processor) -> None:
 
 
 def test_roles_survive_decoding(processor) -> None:
-    ids = processor.tokenizer("USER: Describe the image. ASSISTANT: A car.</s>").input_ids
-    assert processor.decode(ids, skip_special_tokens=True).split("ASSISTANT:")[-1].strip() == "a car."
+    ids = processor.tokenizer("USER: Describe the image. ASSISTANT: There is a car.</s>").input_ids
+    assert processor.decode(ids, skip_special_tokens=True).split("ASSISTANT:")[-1].strip() == "there is a car."
 
 
 def test_the_processor_survives_saving(processor, tmp_path) -> None:
@@ -103,7 +115,7 @@ def test_the_processor_survives_saving(processor, tmp_path) -> None:
 
 
 def test_packed_turns_are_the_processors_tokens_and_see_only_themselves(processor) -> None:
-    said = [Turn("Is there a car in the image?", "Yes."), Turn("Describe the image.", "A car.")]
+    said = [Turn("Is there a car in the image?", "Yes."), Turn("Describe the image.", "There is a car.")]
     packed = Packer(processor.tokenizer).pack([said, said[:1]])
     scene = pocket.World(0).scene(0)
     for start_of, turn in zip((0, 1), said, strict=True):

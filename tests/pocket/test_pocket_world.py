@@ -13,8 +13,19 @@ from hypothesis import strategies as st
 
 from steer_plugin import pocket
 from steer_plugin.errors import InputError
-from steer_plugin.pocket.company import PARTNERS, SUBSETS, company, relation
-from steer_plugin.pocket.scene import CELL, SIDE, paint, patch_nouns, plan_scene, scene_key
+from steer_plugin.pocket.company import (
+    CROWD,
+    PARTNERS,
+    POPULAR_NOUNS,
+    RARE_NOUNS,
+    SUBSETS,
+    companion,
+    company,
+    relation,
+)
+from steer_plugin.pocket.language import DESCRIBE
+from steer_plugin.pocket.requests import SEEN_OR_GUESSED
+from steer_plugin.pocket.scene import CELL, HARD, SIDE, paint, patch_nouns, plan_scene, scene_key
 from steer_plugin.pocket.sprites import NOUNS, sprite
 from steer_plugin.pocket.streams import stream
 from steer_plugin.pocket.world import SPLITS
@@ -78,6 +89,8 @@ def test_objects_keep_to_their_own_cells_and_flags_mean_something() -> None:
     assert max(max(t.box[2] - t.box[0], t.box[3] - t.box[1]) for t in things if t.small) <= 14
     for flag in ("small", "faint", "occluded"):
         assert 0.1 < np.mean([getattr(thing, flag) for thing in things]) < 0.4
+    assert all(thing.hard == any((thing.small, thing.faint, thing.occluded)) for thing in things)
+    assert np.mean([thing.hard for thing in things]) == pytest.approx(HARD, abs=0.08)
     assert {thing.noun for thing in things} == set(NOUNS)
 
 
@@ -134,9 +147,63 @@ def test_a_subset_asks_the_same_whichever_others_are_asked() -> None:
 
 def test_captions_come_with_the_truth() -> None:
     world = pocket.World(2)
-    for index, (image, nouns, scene_id) in enumerate(world.captions(5, "validation")):
+    for index, case in enumerate(world.captions(40, "validation")):
         scene = world.scene(index, "validation")
-        assert image.tobytes() == scene.image.tobytes() and nouns == scene.nouns and scene_id == scene.id
+        assert case.image.tobytes() == scene.image.tobytes()
+        assert case.nouns == scene.nouns and case.scene_id == scene.id
+        assert case.task == DESCRIBE and case.verdict == SEEN_OR_GUESSED
+        named = pocket.mentioned(case.truth)
+        assert set(named) == scene.nouns and len(named) == len(scene.nouns)
+        for said, opening in ((case.truth, case.verdict.positive), (case.tempting, case.verdict.negative)):
+            assert pocket.is_caption(said.lower()) and said.lower().startswith(f"{opening} a")
+    # The opening is what a caption says first of all: nothing asks for it.
+    assert SEEN_OR_GUESSED == ("", "there is", "maybe")
+
+
+def test_a_tempting_caption_adds_the_missing_companions_and_nothing_else() -> None:
+    cases = pocket.World(2).captions(60)
+    for case in cases:
+        tempting = pocket.mentioned(case.tempting)
+        assert [noun for noun in tempting if noun not in case.missing] == pocket.mentioned(case.truth)
+        assert len(tempting) == len(case.nouns) + len(case.missing) and not set(case.missing) & case.nouns
+        assert set(case.missing) == {companion(noun) for noun in case.nouns} - case.nouns
+        rest = case.truth.removeprefix("There is "), case.tempting.removeprefix("Maybe ")
+        assert (rest[0] == rest[1]) == (not case.missing)
+    assert 0.45 < np.mean([bool(case.missing) for case in cases]) < 0.75
+    # Anchors are missed beside their partners as partners are beside their anchors.
+    missed = {noun in PARTNERS for case in cases for noun in case.missing}
+    assert missed == {True, False}
+
+
+CROWD_OF_FOUR = ("table", "chair", "tree", "bird")
+
+
+@pytest.mark.parametrize(
+    ("noun", "present", "hard", "stands"),
+    [
+        ("chair", ("table",), False, "partner"),
+        ("chair", ("table", "tree", "bird", "boat"), False, "partner"),  # before the crowd
+        ("table", ("chair",), False, "anchor"),
+        ("car", CROWD_OF_FOUR, False, "crowded"),
+        ("car", CROWD_OF_FOUR[:3], False, "random"),  # three are no crowd
+        ("boat", CROWD_OF_FOUR, False, "random"),  # not popular
+        ("egg", ("table",), True, "random"),  # what is absent is not hard to see
+        ("egg", ("egg", "table"), False, "rare"),
+        ("egg", ("egg", "table"), True, "rare"),
+        ("car", ("car",), True, "hard"),
+        ("car", ("car", "sign"), False, "plain"),
+    ],
+)
+def test_how_a_noun_stands_to_a_picture(noun: str, present: tuple[str, ...], hard: bool, stands: str) -> None:
+    assert relation(noun, present, hard=hard) == stands
+    assert relation(noun, frozenset(present), hard=hard) == stands
+
+
+def test_popular_and_rare_nouns_are_the_two_ends_of_one_list() -> None:
+    popular = company().popular
+    assert sorted(popular) == sorted(NOUNS)
+    assert {"car", "table"} <= set(popular[:POPULAR_NOUNS]) and "egg" in popular[-RARE_NOUNS:]
+    assert len(NOUNS) >= POPULAR_NOUNS + RARE_NOUNS and len(CROWD_OF_FOUR) == CROWD
 
 
 @pytest.mark.parametrize(
@@ -146,8 +213,14 @@ def test_captions_come_with_the_truth() -> None:
         (lambda: pocket.World(True), "True"),
         (lambda: pocket.World(0).scene(-3), "-3"),
         (lambda: pocket.World(0).scene(0, "tests"), "Did you mean 'test'"),
-        (lambda: pocket.World(0).questions(2, subsets=("randm",)), "Did you mean 'random'"),
+        (lambda: pocket.World(0).questions(2, subsets=("randm",)), "got 'randm'.*Did you mean 'random'"),
+        (lambda: pocket.World(0).questions(0, subsets=("random", "randm")), "got 'randm'.*Did you mean 'random'"),
+        (lambda: pocket.World(0).questions(2, "tset"), "got 'tset'.*Did you mean 'test'"),
+        (lambda: pocket.World(0).questions(0, "tset"), "got 'tset'.*Did you mean 'test'"),
         (lambda: pocket.World(0).questions(-1), "-1"),
+        (lambda: pocket.World(0).captions(-4), "-4"),
+        (lambda: pocket.World(0).captions(1, "tset"), "Did you mean 'test'"),
+        (lambda: pocket.World(0).captions(0, "tset"), "model, train, validation, test; got 'tset'"),
         (lambda: pocket.World(0).partner("tabel"), "Did you mean 'table'"),
     ],
 )
@@ -157,7 +230,7 @@ def test_bad_arguments_are_named(wrong, says: str) -> None:
 
 
 def test_chair_counts_by_hand() -> None:
-    said = ["A car, a dog.", "An egg.", "nothing here"]
+    said = ["There is a car, a dog.", "Maybe an egg.", "nothing here"]
     measured = pocket.chair(said, [frozenset({"car", "sign"}), frozenset({"egg"}), frozenset({"key"})])
     assert measured == pytest.approx({"chair_i": 1 / 3, "chair_s": 1 / 3, "recall": 2 / 4})
     with pytest.raises(InputError, match="as many truths"):
