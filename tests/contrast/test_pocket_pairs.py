@@ -80,7 +80,7 @@ def test_pocket_request_pairs() -> None:
 
 def test_pocket_caption_pairs() -> None:
     picture = Image.new("RGB", (3, 3))
-    opening, asked = Verdict("", "there is", "maybe"), Verdict("Sure?", "yes", "no")
+    opening, asked = Verdict("", "there", "maybe"), Verdict("Sure?", "yes", "no")
     cases = [
         Caption("s0", picture, "Describe it.", opening, ("dog", "egg")),
         Caption("s1", picture, "Describe it.", opening, ()),
@@ -89,8 +89,8 @@ def test_pocket_caption_pairs() -> None:
     ]
     pairs = pocket_caption_pairs(cases)
     assert [(pair.positive, pair.negative, pair.behaviour) for pair in pairs] == [
-        ("there is", "maybe", "tempting"),
-        ("there is", "maybe", "complete"),
+        ("there", "maybe", "tempting"),
+        ("there", "maybe", "complete"),
         ("yes", "no", "tempting"),
         ("yes", "no", "complete"),
     ]
