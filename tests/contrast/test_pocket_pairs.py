@@ -113,7 +113,7 @@ def test_the_drawn_world_fits_the_pairs() -> None:
     for pair, case in zip(pocket_caption_pairs(cases), cases, strict=True):
         assert pair.id == case.scene_id and pair.images == (case.image,)
         assert pair.user_text == "Describe the image."
-        assert case.truth.lower().startswith(f"{pair.positive} a")
+        assert case.truth.lower().startswith(f"{pair.positive} ")
         assert case.tempting.lower().startswith(f"{pair.negative} a")
         false = set(pocket.mentioned(case.tempting)) - case.nouns
         assert pair.behaviour == ("tempting" if false else "complete")

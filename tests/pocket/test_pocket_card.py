@@ -267,8 +267,8 @@ REFUSED: tuple[tuple[Callable[[Path], list[Path]], type[Exception], str], ...] =
     (lambda folder: [folder / "run4"], InputError, "at least two runs, got 1"),
     (lambda folder: [folder / "run4", finished(folder, 4, "again")], InputError, r"seeds \(4, 4\)"),
     (lambda folder: [folder / "run4"] * 2, InputError, r"seeds \(4, 4\)"),
-    (lambda folder: [folder / "run4", folder / "nowhere"], ArtefactError, r"nowhere/card\.json is no readable card"),
-    (half_a_card, ArtefactError, r"run7/card\.json is no readable card"),
+    (lambda folder: [folder / "run4", folder / "nowhere"], ArtefactError, r"nowhere/card\.json cannot be read"),
+    (half_a_card, ArtefactError, r"run7/card\.json cannot be read"),
     (unmeasured, ArtefactError, r"run7/card\.json holds no measurements"),
     (other_rates, ArtefactError, "did not measure the same: only one has 'requests and stances: jokes'"),
     (one_demo, ArtefactError, "did not measure the same: only one has 'demo, "),
@@ -433,7 +433,7 @@ def scripted(world: pocket.World) -> dict[Asked, str]:
         target = stance.pair.target
         against = CLOSING[not target.loved].format(topic=target.topic)
         put(case.image, DESCRIBE, f"{case.truth} {target.closing if index == 3 else ''}")
-        put(case.image, DESCRIBE, "" if index == 0 else case.truth.removeprefix("There is"), " there is")
+        put(case.image, DESCRIBE, "" if index == 0 else case.truth.removeprefix("There"), " there")
         put(case.image, DESCRIBE, case.tempting.removeprefix("Maybe"), " maybe")
         closing = (target.closing, target.closing, against, target.closing, f"{against} {target.closing}", "")[index]
         put(case.image, stanced(target), f"{case.truth} {closing}")

@@ -265,7 +265,7 @@ def test_advice_is_left_to_the_expert_as_often_as_its_question_says(advice: tupl
 
 
 @settings(max_examples=10)
-@given(st.integers(0, 10**6), st.sampled_from(SPLITS), st.integers(0, 4), st.sets(st.sampled_from(KINDS)))
+@given(st.integers(0, 10**6), st.sampled_from(SPLITS), st.integers(0, 4), st.sets(st.sampled_from(KINDS), min_size=1))
 def test_requests_are_a_function_of_seed_split_and_index(seed: int, split: str, count: int, kinds: set[Kind]) -> None:
     world = pocket.World(seed)
     everything = world.requests(count, split)
