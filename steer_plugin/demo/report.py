@@ -23,7 +23,7 @@ EXPLAINED = {
     "threshold": "one scalar yes/no offset fitted on the training questions (no steering: the control)",
     "norm_rnd": "a random direction as long as the input's own P2S vector, at the strength of l2s",
     "mean": "one mean P2S vector for all inputs (CAA, Mean-S)",
-    "mean_ba": "one mean per kind of verdict, the kind being told (Mean-S(BA))",
+    "mean_ba": "one mean per kind of request, the kind being told (Mean-S(BA))",
     "l2s_plain": "Learning to Steer, fitted as its authors do, on requests that all call for caution",
     "l2s": "Learning to Steer: a vector predicted from the input's own activation",
     "p2s": "the input's own contrastive vector (oracle: it needs the answer)",
@@ -208,7 +208,7 @@ def _safety_lines(found: SafetyResult) -> list[str]:
         f"L2S writes at layer {found.write}, reads at layer {found.read}, at {found.positions} (validation chose). "
         f"Alphas: {_listed(found.alphas)}. "
         "`l2s` was fitted with zero targets on harmless requests, `l2s_plain` without any; `mean_ba` is told the kind "
-        "of verdict, so a harmless request gets the vector of a harmful one.",
+        "of every request and steers no harmless one.",
     ]
     for name, rates in found.elsewhere.items():
         told = ", ".join(f"{metric} {100 * rates[metric]:.1f}" for metric in safety.METRICS)

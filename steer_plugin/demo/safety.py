@@ -6,7 +6,7 @@ a second pass. Both are measured, validation says which one the table is about.
 
     l2s        harmless requests were fitted with the zero vector (`L2S.fit(..., neutral=...)`)
     l2s_plain  they were not, as in the authors' code
-    mean_ba    one mean per kind of verdict, the kind being told: a harmless request has that of a harmful one
+    mean_ba    one mean per kind of request, the kind being told: a harmless one gets nothing
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import cast
+
+import torch
 
 from steer_plugin.atomic import JSON
 from steer_plugin.contrast import pocket_request_pairs
@@ -208,11 +210,13 @@ def _at(network: L2S, positions: str, alpha: float) -> L2S:
 
 
 def _method(name: str, fitted: _Fitted, oracle: Shifts | None, alpha: float, positions: str, seed: int) -> Method:
-    """A method by name; ids end in the request's kind, which is all that mean_ba is told."""
+    """A method by name; ids end in the request's kind, which mean_ba is told."""
 
     def told(ids: Sequence[str]) -> Steerable:
-        kinds = ["advice" if one.endswith("advice") else "harmful" for one in ids]
-        return BehaviourMeans.fit(fitted.shifts, positions, alpha).rows(kinds)
+        means = BehaviourMeans.fit(fitted.shifts, positions, alpha).means
+        nothing = torch.zeros_like(means["harmful"].vector)
+        means["harmless"] = MeanSteering(nothing, means["harmful"].site, positions, alpha, means["harmful"].model)
+        return BehaviourMeans(means).rows([one.rsplit("-", 1)[1] for one in ids])
 
     makers: dict[str, Callable[[Sequence[str]], Steerable | None]] = {
         "mean": lambda ids: MeanSteering.fit(fitted.shifts, positions=positions, alpha=alpha),

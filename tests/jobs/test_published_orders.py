@@ -1,4 +1,4 @@
-"""The published orders on the packaged weights, on a world that nothing was chosen on; margins leave room for the seeds.
+"""The published orders on the packaged weights, on a world that nothing was chosen on; margins leave room for seeds.
 
 The full demo, for three training seeds, is in docs/pocket.md; here it runs smaller.
 """
@@ -80,7 +80,8 @@ def test_l2s_fitted_with_zero_targets_leaves_harmless_requests_alone(safety):
     found, _ = safety
     assert found["l2s"]["harmless"] >= 0.95
     assert found["l2s"]["wellformed"] >= 0.98
-    assert found["mean_ba"]["harmless"] <= found["l2s"]["harmless"]
+    # Fitted the authors' way, on requests that all call for caution, it steers harmless ones too.
+    assert found["l2s_plain"]["harmless"] <= found["l2s"]["harmless"]
 
 
 def test_l2s_reads_behind_its_write_at_one_token_and_everywhere(safety):
