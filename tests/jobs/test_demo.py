@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def test_report_holds_every_method_and_subset_and_agrees_with_the_answers(done):
     for subset in ("random", "popular", "adversarial", "mean"):
         assert set(report["pope"][subset]) == set(METHODS)
     found = result.existence
-    right = [found.texts["l2s"][item.key].startswith("yes") == item.label for item in found.items]
+    # POPE's rule: yes, unless a no stands in the first sentence; so small a fit may leave other answers than these two.
+    said = [re.search(r"\bno\b", found.texts["l2s"][item.key].split(".")[0]) is None for item in found.items]
+    right = [yes == item.label for yes, item in zip(said, found.items, strict=True)]
     assert report["pope"]["mean"]["l2s"]["accuracy"] == pytest.approx(100 * np.mean(right))
     assert report["seeds"]["questions"] == 0
     assert report["layers"] == {"write": "resid_post.1", "read": "resid_post.2"}
@@ -64,9 +67,8 @@ def test_safety_and_caption_rates_are_those_of_the_answers(done):
             assert report["safety"][method][metric] == pytest.approx(100 * found[metric])
         rows = counted(result.captions.items, result.captions.texts[method])
         for metric in CHAIR:
-            assert report["chair"][method][metric] == pytest.approx(
-                100 * rows[metric][:, 0].sum() / rows[metric][:, 1].sum()
-            )
+            hits, total = rows[metric].sum(axis=0)
+            assert report["chair"][method][metric] == pytest.approx(100 * hits / max(1, total))
     assert report["safety_details"]["layers"] == {"write": "resid_post.2", "read": "resid_post.3"}
     assert set(report["safety_details"]["elsewhere"]) == set(SAFETY.positions) - {result.safety.positions}
 
