@@ -17,12 +17,12 @@ YES, NO = "yes", "no"
 
 
 @runtime_checkable
-class PocketQuestion(Protocol):
-    """What a pair needs of a pocket question: `steer_plugin.pocket` draws them, and lies above this package."""
+class PocketAsked(Protocol):
+    """What a pair needs of all that is asked: `steer_plugin.pocket` draws it, and lies above this package."""
 
     @property
     def id(self) -> str:
-        """The question's name."""
+        """The input's name."""
         ...
 
     @property
@@ -32,8 +32,13 @@ class PocketQuestion(Protocol):
 
     @property
     def text(self) -> str:
-        """The question."""
+        """What the user says."""
         ...
+
+
+@runtime_checkable
+class PocketQuestion(PocketAsked, Protocol):
+    """What a pair needs of a pocket question."""
 
     @property
     def label(self) -> bool:
@@ -62,23 +67,8 @@ class PocketVerdict(Protocol):
 
 
 @runtime_checkable
-class PocketRequest(Protocol):
+class PocketRequest(PocketAsked, Protocol):
     """What a pair needs of a pocket request."""
-
-    @property
-    def id(self) -> str:
-        """The request's name."""
-        ...
-
-    @property
-    def image(self) -> Image.Image:
-        """The drawn picture."""
-        ...
-
-    @property
-    def text(self) -> str:
-        """What is asked for."""
-        ...
 
     @property
     def kind(self) -> str:

@@ -16,9 +16,11 @@ from steer_plugin.atomic import JSON
 from steer_plugin.contrast import ContrastivePair
 from steer_plugin.evaluation.asking import Asked, Method, answers
 from steer_plugin.pocket import World
+from steer_plugin.pocket.language import CAREFUL
 from steer_plugin.shifts import Shifts
 
 T = TypeVar("T")
+PROMPT = CAREFUL  # the instruction of the prompt baseline, which the pocket VLM heard in training
 
 
 @dataclass

@@ -6,7 +6,7 @@ mentions, CHAIR_s = captions with one / captions, recall = found / true nouns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import cast
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from steer_plugin.atomic import JSON
 from steer_plugin.contrast import pocket_caption_pairs
-from steer_plugin.demo.bench import Bench
+from steer_plugin.demo.bench import PROMPT, Bench
 from steer_plugin.evaluation.asking import Method
 from steer_plugin.evaluation.intervals import Interval, bootstrap_interval, paired_difference, ratio
 from steer_plugin.intervention import Steerable
@@ -27,7 +27,6 @@ from steer_plugin.training.config import preset
 
 METHODS = ("none", "prompt", "norm_rnd", "mean", "l2s", "p2s")
 METRICS = ("chair_i", "chair_s", "recall", "wellformed")
-PROMPT = "Be careful."
 TOKENS = 24
 
 
@@ -186,23 +185,22 @@ class _Captions:
         return {metric: float(row[:, 0].sum() / max(1.0, row[:, 1].sum())) for metric, row in rows.items()}
 
     def _method(self, name: str, network: L2S, split: str, alpha: float, write: int, read: int) -> Method:
-        where, seed = self.config.positions, self.bench.seed
-        pictures = self.config.validation_pictures if split == "validation" else self.config.test_pictures
-
-        def oracle() -> Shifts:
+        """A method by name; whatever is read from disk is read here once, not again for every batch."""
+        where, note = self.config.positions, {"alpha": alpha, "positions": self.config.positions}
+        if name in ("p2s", "norm_rnd"):
+            pictures = self.config.validation_pictures if split == "validation" else self.config.test_pictures
             tempting, complete = self._tempting(split, pictures, write, read)
-            return tempting.with_neutral(complete)
-
-        makers: dict[str, Callable[[Sequence[str]], Steerable | None]] = {
-            "mean": lambda ids: MeanSteering.fit(
-                self._tempting("train", self.config.train_pictures, write, read)[0], positions=where, alpha=alpha
-            ),
-            "l2s": lambda ids: network.with_alpha(alpha),
-            "p2s": lambda ids: P2S.rows(oracle(), ids, where, alpha),
-            "norm_rnd": lambda ids: NormRandom.rows(oracle(), ids, seed, where, alpha),
-        }
-        steering = makers.get(name, lambda ids: None)
-        return Method(name, steering, PROMPT if name == "prompt" else "", {"alpha": alpha, "positions": where})
+            known, seed = tempting.with_neutral(complete), self.bench.seed
+            if name == "p2s":
+                return Method(name, lambda ids: P2S.rows(known, ids, where, alpha), note=note)
+            return Method(name, lambda ids: NormRandom.rows(known, ids, seed, where, alpha), note=note)
+        steering: Steerable | None = None
+        if name == "mean":
+            tempting, _ = self._tempting("train", self.config.train_pictures, write, read)
+            steering = MeanSteering.fit(tempting, positions=where, alpha=alpha)
+        elif name == "l2s":
+            steering = network.with_alpha(alpha)
+        return Method(name, lambda ids: steering, PROMPT if name == "prompt" else "", note)
 
 
 def counted(items: Sequence[CaptionItem], texts: Mapping[str, str]) -> dict[str, Float[np.ndarray, "row 2"]]:

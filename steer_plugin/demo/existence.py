@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steer_plugin.atomic import JSON
-from steer_plugin.demo.bench import Bench, gentlest
+from steer_plugin.demo.bench import PROMPT, Bench, gentlest
 from steer_plugin.demo.data import fitting_items, held_out_items, wellformed
 from steer_plugin.evaluation.asking import Method, distinct
 from steer_plugin.evaluation.pope import (
@@ -32,7 +32,6 @@ from steer_plugin.shifts import Shifts
 from steer_plugin.training.config import preset
 
 METHODS = ("none", "prompt", "threshold", "norm_rnd", "mean", "l2s", "p2s")
-PROMPT = "Be careful."
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class _Existence:
 
     def _paper_positions(self, network: L2S, alpha: float) -> dict[str, float]:
         """The same L2S with the generated tokens steered too, on validation: accuracy, and what is left of the text."""
-        steering = L2S(network.network, network.write, network.read.site, positions="paper", alpha=alpha)
+        steering = network.with_alpha(alpha).with_positions("paper")
         texts = self.bench.try_out(self.held, Method("l2s", lambda ids: steering))
         return {
             "accuracy": _accuracy(self.held, texts),
@@ -194,8 +193,9 @@ def _compared(
 
 def _method(name: str, shifts: Shifts, oracle: Shifts, alpha: float, config: ExistenceConfig, seed: int) -> Method:
     where = config.positions
+    mean = MeanSteering.fit(shifts, positions=where, alpha=alpha)
     makers: dict[str, Callable[[Sequence[str]], Steerable]] = {
-        "mean": lambda ids: MeanSteering.fit(shifts, positions=where, alpha=alpha),
+        "mean": lambda ids: mean,
         "norm_rnd": lambda ids: NormRandom.rows(oracle, ids, seed, where, alpha),
         "p2s": lambda ids: P2S.rows(oracle, ids, where, alpha),
     }

@@ -19,7 +19,7 @@ import torch
 
 from steer_plugin.atomic import JSON
 from steer_plugin.contrast import pocket_request_pairs
-from steer_plugin.demo.bench import Bench, gentlest
+from steer_plugin.demo.bench import PROMPT, Bench, gentlest
 from steer_plugin.demo.requests import METRICS, Rates, RequestItem, gap, interval, judged, rates
 from steer_plugin.evaluation.asking import Method
 from steer_plugin.evaluation.intervals import Interval
@@ -29,7 +29,6 @@ from steer_plugin.shifts import Shifts
 from steer_plugin.training.config import preset
 
 METHODS = ("none", "prompt", "norm_rnd", "mean", "mean_ba", "l2s_plain", "l2s", "p2s")
-PROMPT = "Be careful."
 _KINDS = (("harmful",), ("advice",))
 
 
@@ -112,7 +111,7 @@ class _Safety:
             for where in config.positions if where != positions
         }  # fmt: skip
         network = fitted[write, read].quiet
-        _at(network, positions, alphas["l2s"]).save(bench.out / "l2s-safety")
+        network.with_alpha(alphas["l2s"]).with_positions(positions).save(bench.out / "l2s-safety")
         scored = {
             name: {metric: interval(test, row, metric, bench.seed) for metric in METRICS} for name, row in rows.items()
         }
@@ -202,27 +201,20 @@ def gentlest_of(tried: Mapping[str, Rates], config: SafetyConfig) -> float:
     return gentlest({alpha: worth(found, config) for alpha, found in tried.items()}, 2 * config.validation_pictures)
 
 
-def _at(network: L2S, positions: str, alpha: float) -> L2S:
-    return L2S(
-        network.network, network.write, network.read.site, context=network.read.positions, positions=positions,
-        alpha=alpha, model=network.model, report=network.report,
-    )  # fmt: skip
-
-
 def _method(name: str, fitted: _Fitted, oracle: Shifts | None, alpha: float, positions: str, seed: int) -> Method:
     """A method by name; ids end in the request's kind, which mean_ba is told."""
-
-    def told(ids: Sequence[str]) -> Steerable:
-        means = BehaviourMeans.fit(fitted.shifts, positions, alpha).means
-        nothing = torch.zeros_like(means["harmful"].vector)
-        means["harmless"] = MeanSteering(nothing, means["harmful"].site, positions, alpha, means["harmful"].model)
-        return BehaviourMeans(means).rows([one.rsplit("-", 1)[1] for one in ids])
-
+    told = BehaviourMeans.fit(fitted.shifts, positions, alpha)
+    harmful = told.means["harmful"]
+    told.means["harmless"] = MeanSteering(
+        torch.zeros_like(harmful.vector), harmful.site, positions, alpha, harmful.model
+    )
+    mean = MeanSteering.fit(fitted.shifts, positions=positions, alpha=alpha)
+    plain, quiet = (one.with_alpha(alpha).with_positions(positions) for one in (fitted.plain, fitted.quiet))
     makers: dict[str, Callable[[Sequence[str]], Steerable | None]] = {
-        "mean": lambda ids: MeanSteering.fit(fitted.shifts, positions=positions, alpha=alpha),
-        "mean_ba": told,
-        "l2s_plain": lambda ids: _at(fitted.plain, positions, alpha),
-        "l2s": lambda ids: _at(fitted.quiet, positions, alpha),
+        "mean": lambda ids: mean,
+        "mean_ba": lambda ids: told.rows([one.rsplit("-", 1)[1] for one in ids]),
+        "l2s_plain": lambda ids: plain,
+        "l2s": lambda ids: quiet,
     }
     if oracle is not None:
         makers["norm_rnd"] = lambda ids: NormRandom.rows(oracle, ids, seed, positions, alpha)

@@ -127,12 +127,19 @@ class L2S(Steerable):
 
     def with_alpha(self, alpha: Alpha) -> L2S:
         """The same network at another strength."""
+        return self._changed(self.positions, alpha)
+
+    def with_positions(self, positions: Positions | str) -> L2S:
+        """The same network on other tokens."""
+        return self._changed(positions, self.alpha)
+
+    def _changed(self, positions: Positions | str, alpha: Alpha) -> L2S:
         return L2S(
             self.network,
             self.write,
             self.read.site,
             context=self.read.positions,
-            positions=self.positions,
+            positions=positions,
             alpha=alpha,
             model=self.model,
             report=self.report,

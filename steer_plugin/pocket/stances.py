@@ -79,9 +79,9 @@ def draw_pair(kind: PairKind, topics: Sequence[str], split: str, rng: random.Ran
     if kind == "equal":
         return StancePair(kind, target, target)
     if kind == "opposed":
-        topic, worded = target.topic, {pair for pair in WORDED[split] if target.text in _said(pair, target.topic)}
-        against = next(iter(worded))[1 if target.loved else 0].format(topic=topic)
-        return StancePair(kind, target, Stance(topic, not target.loved, against))
+        topic, side = target.topic, 0 if target.loved else 1
+        worded = next(pair for pair in WORDED[split] if pair[side].format(topic=topic) == target.text)
+        return StancePair(kind, target, Stance(topic, not target.loved, worded[1 - side].format(topic=topic)))
     others = [topic for topic in topics if topic != target.topic]
     return StancePair(kind, target, draw_stance(others, (split,), rng))
 
@@ -95,7 +95,3 @@ def shown(said: str, topic: str) -> bool | None:
     """Tell which stance on a topic a caption shows: True for love, False for hate, None for neither or both."""
     found = [loved for loved, closing in CLOSING.items() if closing.format(topic=topic).lower() in said.lower()]
     return found[0] if len(found) == 1 else None
-
-
-def _said(pair: tuple[str, str], topic: str) -> tuple[str, ...]:
-    return tuple(text.format(topic=topic) for text in pair)
