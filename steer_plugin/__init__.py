@@ -8,6 +8,7 @@ ids = vlm.generate(**inputs, steering=sp.L2S.load("l2s/") * 1.5, max_new_tokens=
 from steer_plugin import pocket as pocket
 from steer_plugin.activations import Activations
 from steer_plugin.adapters import AttachedModel, attach
+from steer_plugin.context import Aside, Context, Read
 from steer_plugin.errors import (
     ArtefactError,
     FamilyError,
@@ -19,8 +20,18 @@ from steer_plugin.errors import (
     SteeringError,
 )
 from steer_plugin.families import Family, register_family
-from steer_plugin.intervention import Context, Intervention, Read, Steerable, Write, add, patch
-from steer_plugin.methods import L2S, P2S, BehaviourMeans, MeanSteering, NormRandom, read_gguf, write_gguf
+from steer_plugin.intervention import Intervention, Steerable, Write, add, patch
+from steer_plugin.methods import (
+    L2S,
+    P2S,
+    BehaviourMeans,
+    MeanSteering,
+    NormRandom,
+    SteerVLM,
+    SteerVLMConfig,
+    read_gguf,
+    write_gguf,
+)
 from steer_plugin.positions import (
     Positions,
     completion,
@@ -54,6 +65,7 @@ __all__ = [
     "P2S",
     "Activations",
     "ArtefactError",
+    "Aside",
     "AttachedModel",
     "BehaviourMeans",
     "Context",
@@ -72,6 +84,8 @@ __all__ = [
     "Shifts",
     "Site",
     "SiteError",
+    "SteerVLM",
+    "SteerVLMConfig",
     "Steerable",
     "SteeringError",
     "Write",

@@ -10,8 +10,8 @@ write at earlier sites and none at their own; so do deltas, hence sums do not de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer_plugin.atomic import JSON
+from steer_plugin.context import Aside, Context, Delta, Read
 from steer_plugin.errors import InputError
 from steer_plugin.positions import Positions
 from steer_plugin.sites import Site
@@ -27,51 +28,6 @@ from steer_plugin.sites import Site
 # A number, one number per batch row, or either as a function of the step (0 = prompt, 1 = first token fed back, ...).
 # int is named beside float because run-time checkers tell them apart.
 Alpha = float | int | Float[Tensor, ""] | Float[Tensor, " row"] | Callable[[int], "float | int | Tensor"]
-
-
-@dataclass(frozen=True)
-class Read:
-    """A value that a delta needs: the mean over `positions` of the prompt forward at `site`, (row, d_model)."""
-
-    site: Site
-    positions: Positions
-
-    @classmethod
-    def at(cls, site: Site | str, positions: Positions | str) -> Read:
-        """Build a read from a site and positions, or their texts."""
-        return cls(Site.parse(site), Positions.parse(positions))
-
-
-@dataclass
-class Context:
-    """What a delta may look at: the values read in this call, the step, and a memory that lives as long as the call.
-
-    Attributes:
-        reads: one (row, d_model) tensor for each Read of the write, in its order.
-        step: 0 in the prompt forward, then 1, 2, ... for each token fed back.
-        rows: rows of the hidden state (beams included).
-        memory: whatever the delta wants to keep from step to step; dropped with the call.
-    """
-
-    reads: tuple[Float[Tensor, "row d_model"], ...]
-    step: int
-    rows: int
-    memory: MutableMapping[str, Tensor] = field(default_factory=dict)
-
-    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """Return memory[name], made on first use: a network runs once per call, not once per token."""
-        if name not in self.memory:
-            self.memory[name] = make()
-        return self.memory[name]
-
-
-@runtime_checkable
-class Delta(Protocol):
-    """What is added: maps (row, pos, d_model) and a context to a tensor that broadcasts to (row, pos, d_model)."""
-
-    def __call__(self, hidden: Float[Tensor, "row pos d_model"], context: Context) -> Tensor:
-        """Return the addend; never change `hidden`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -106,6 +62,8 @@ class Write:
 
     Attributes:
         reads: what the delta needs; values come in this order in its context.
+        asides: texts whose own activations at this site it needs.
+        unsteered: whether it needs the same tokens of an unsteered stream.
         width: d_model of what is written, to refuse it at another width before any work.
         made_for: identity of the model that an artefact was fitted on; another model refuses it.
 
@@ -121,6 +79,8 @@ class Write:
     reads: tuple[Read, ...] = ()
     width: int | None = None
     made_for: Mapping[str, JSON] | None = None
+    asides: tuple[Aside, ...] = ()
+    unsteered: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a strength that would poison the stream."""
@@ -139,6 +99,7 @@ class Write:
         found = [("steering vectors", vector.shape[0])] if vector is not None and vector.ndim == 2 else []
         if isinstance(self.alpha, Tensor) and self.alpha.ndim:
             found.append(("strengths", self.alpha.shape[0]))
+        found += [("prompt pairs", len(aside.texts)) for aside in self.asides if len(aside.texts) > 1]
         return tuple(found)
 
     @property

@@ -20,8 +20,9 @@ from steer_plugin.adapters._prepare import Taken, prepared
 from steer_plugin.adapters._run import Run
 from steer_plugin.adapters._show import ShownPositions, shown_positions
 from steer_plugin.adapters._steered import SteeredModel
+from steer_plugin.context import Read
 from steer_plugin.errors import FrameworkError, InputError
-from steer_plugin.intervention import Intervention, Read, Steerable
+from steer_plugin.intervention import Intervention, Steerable
 from steer_plugin.positions import Positions
 from steer_plugin.shifts import Shifts
 from steer_plugin.sites import Site

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import Cache
 
+from steer_plugin.context import Aside, AsideTokens, Read
 from steer_plugin.errors import PositionError
-from steer_plugin.intervention import Context, Read, Write, expand_rows
 from steer_plugin.layout import TokenLayout
 from steer_plugin.positions import Positions
 from steer_plugin.sites import Site
@@ -26,15 +27,22 @@ class Call:
         length: columns seen so far.
         values: what was read for which write, (row, d_model) each.
         resolved: whether late reads are in `values`.
+        asides: for each write, what its texts have at its site; `pictured` what they have behind the input's picture.
+        riding: whether twins ride as rows of the same forwards; None until the first of them.
+        twin: the cache of a twin that runs alone.
     """
 
     layout: TokenLayout
     prompt_ids: Int[Tensor, "row pos"] | None
     length: int
     values: dict[tuple[int, Read], Float[Tensor, "row d_model"]] = field(default_factory=dict)
-    memory: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    memory: dict[int, dict[str, object]] = field(default_factory=dict)
     masks: dict[Positions, Bool[Tensor, "row pos"]] = field(default_factory=dict)
     resolved: bool = False
+    asides: dict[int, tuple[AsideTokens, ...]] = field(default_factory=dict)
+    pictured: dict[Aside, Mapping[Site, AsideTokens]] = field(default_factory=dict)
+    riding: bool | None = None
+    twin: Cache | None = None
 
     @property
     def width(self) -> int:
@@ -80,11 +88,6 @@ class Forward:
         mask = self.mask(read.positions)
         if self.stop == self.call.width and isinstance(mask, Tensor):
             self.call.values[index, read] = mean_over(hidden, mask, read)
-
-    def context(self, index: int, write: Write, rows: int) -> Context:
-        """What the delta of write number `index` may look at."""
-        values = tuple(expand_rows(self.call.values[index, read], rows, "contexts") for read in write.reads)
-        return Context(values, self.step, rows, self.call.memory.setdefault(index, {}))
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from steer_plugin.adapters._inputs import chat_text, encode, with_positions
 from steer_plugin.adapters._parts import ModelParts
 from steer_plugin.artefact import versions
 from steer_plugin.atomic import JSON
+from steer_plugin.context import Read
 from steer_plugin.errors import InputError, nearest
-from steer_plugin.intervention import Read
 from steer_plugin.positions import Positions
 from steer_plugin.sites import Site
 from steer_plugin.store import ShardWriter

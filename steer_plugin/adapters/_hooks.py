@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steer_plugin.adapters._run import Run
 from steer_plugin.sites import Site
 
 
@@ -35,8 +34,22 @@ def hook_site(module: nn.Module, end: str, act: Callable[[Tensor], Tensor]) -> R
     return module.register_forward_hook(leaving, prepend=True)
 
 
+@runtime_checkable
+class Sited(Protocol):
+    """What acts at some sites: a run, or what stands in for one."""
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """Where it acts."""
+        ...
+
+    def at(self, site: Site, hidden: Tensor) -> Tensor:
+        """Take the tensor at a site and return the one to go on with."""
+        ...
+
+
 @contextmanager
-def hooked(ends: Callable[[Site], tuple[nn.Module, str]], run: Run) -> Generator[None, None, None]:
+def hooked(ends: Callable[[Site], tuple[nn.Module, str]], run: Sited) -> Generator[None, None, None]:
     """Hook every site of a run; nothing is left behind, whatever happens inside."""
     handles: list[RemovableHandle] = []
     try:

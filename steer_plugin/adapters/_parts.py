@@ -32,6 +32,7 @@ class ModelParts:
 
     root: PreTrainedModel
     decoder: nn.Module
+    embedding: str
     family: Family
     n_layers: int
     n_vision_layers: int
@@ -64,6 +65,7 @@ class ModelParts:
         return cls(
             root=root,
             decoder=decoder,
+            embedding=next(name for name, module in root.named_modules() if module is root.get_input_embeddings()),
             family=family,
             n_layers=n_layers,
             n_vision_layers=n_vision,
@@ -100,6 +102,14 @@ class ModelParts:
                 continue
             digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    def version(self) -> tuple[int, int]:
+        """Two numbers that change when a weight is changed or replaced; costs no look at the weights."""
+        address, changes = 0, 0
+        for parameter in self.root.parameters():
+            address ^= hash((id(parameter), parameter.data_ptr()))
+            changes += 0 if parameter.is_inference() else parameter._version
+        return address, changes
 
     def check(self, intervention: Intervention) -> None:
         """Refuse, before any work, what this model cannot host.

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer_plugin.adapters._call import Forward, Tap, mean_over
-from steer_plugin.intervention import Context, Delta, Intervention, Read, Write, expand_rows
+from steer_plugin.context import Context, Delta, Read
+from steer_plugin.intervention import Intervention, Write, expand_rows
 
 
 class Taken:

@@ -49,7 +49,9 @@ class Replay:
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         run = self.run
         forward = run.forward
-        if run.nested or forward is None or forward.stop != forward.call.width or forward.call.resolved:
+        if run.paused or run.recording is not None or run.nested or forward is None:
+            return None
+        if forward.stop != forward.call.width or forward.call.resolved:
             return None
         embeds = kwargs.get("inputs_embeds")
         replayed = isinstance(embeds, Tensor) and self._can_replay(forward, kwargs)
@@ -85,6 +87,8 @@ class Replay:
         """Whether the context pass can serve as the prefill: only the last column, in every row, changes afterwards."""
         run, call = self.run, forward.call
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if any(write.unsteered for write in run.writes):
+            return False  # the twin's stream parts from the steered one; `Twins` shares the prefix itself
         if run.parts.family.replay != "exact" or type(cache) is not DynamicCache or call.width < 2:
             return False
         if isinstance(mask, Tensor) and mask.ndim != 2:

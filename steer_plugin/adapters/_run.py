@@ -1,36 +1,42 @@
 """One lowered steering: h[mask] <- h[mask] + alpha * delta at each site, whichever framework brings the tensors.
 
-Adapters differ only in how a tensor gets from its module to `Run.at(site, hidden)` and back. When a forward starts, a
-passive pre-hook on the root model tells the run which columns it is about to see; it changes nothing, and it is there
-only as long as the run lives.
+Adapters differ only in how a tensor gets from its module to `Run.at(site, hidden)` and back.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import Cache, StaticCache
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from steer_plugin.adapters._call import Call, Forward, Tap
-from steer_plugin.adapters._checks import check_matches, check_rows
+from steer_plugin.adapters._follow import Follower
 from steer_plugin.adapters._parts import ModelParts
-from steer_plugin.errors import FrameworkError, InputError, PositionError
-from steer_plugin.intervention import Context, Intervention, Write, expand_rows
+from steer_plugin.context import Aside, AsideTokens, Context
+from steer_plugin.errors import FrameworkError, PositionError
+from steer_plugin.intervention import Intervention, Write, expand_rows
 from steer_plugin.sites import Site
 
+Stream: TypeAlias = Float[Tensor, "row pos d_model"]
+# What a delta noted: the write's site, the forward, which tokens count, a name, the values.
+Noted = Callable[[Site, Forward, "Bool[Tensor, 'row pos'] | bool", str, Tensor], None]
 
-class Run:
+
+class Run(Follower):
     """State of one steering of one model; made by an adapter, dropped at the end of the call.
 
-    Raises:
-        SiteError, InputError, PositionError: what this model cannot host, before any work.
+    Attributes:
+        riding: rows of the user's batch while as many twins ride behind them, otherwise 0.
+        recording: while a twin runs alone, what it has at the sites that want it; `recorded` is the last of these.
+        asides: activations of texts, by (text, form) and site; `words` the embeddings of those read behind pictures.
+        noted: who is told what deltas note, if anybody.
+        at_close: what to undo when the run ends.
     """
 
     def __init__(
@@ -42,69 +48,28 @@ class Run:
         *,
         single_forward: bool = False,
     ) -> None:
-        parts.check(intervention)
-        self.parts = parts
-        self.taps = tuple(replace(tap, site=parts.resolve(tap.site)) for tap in taps)
-        self.writes = tuple(_resolved(write, parts) for write in intervention.writes if not write.silent)
-        self.completion_tokens = completion_tokens
-        self.single_forward = single_forward
-        self.forward: Forward | None = None
-        self.forwards = 0
-        self.muted: frozenset[int] = frozenset()
-        self.resolving: tuple[int, ...] = ()
-        self.paused = False
-        self._inside = False
-        self._awaiting_backward = 0
+        super().__init__(parts, intervention, taps, completion_tokens, single_forward=single_forward)
+        self.riding = 0
+        self.recording: dict[Site, Tensor] | None = None
+        self.recorded: Mapping[Site, Tensor] = {}
+        self.asides: dict[tuple[str, str], Mapping[Site, Tensor]] = {}
+        self.words: dict[str, Tensor] = {}
+        self.noted: Noted | None = None
+        self.at_close: list[Callable[[], None]] = []
         self.on_prompt: dict[int, Tensor] = {}
         self.on_decoded: dict[int, int] = {}
         self._matched: set[int] = set()
-        self._calls: weakref.WeakKeyDictionary[Cache, Call] = weakref.WeakKeyDictionary()
-        self._uncached: Call | None = None
-        self._handles: list[RemovableHandle] = []
-
-    @property
-    def sites(self) -> list[Site]:
-        """Every site that is read or written, in order of execution."""
-        found = {write.site for write in self.writes} | {tap.site for tap in self.taps}
-        found |= {read.site for write in self.writes for read in write.reads}
-        return sorted(found, key=lambda site: site.order)
-
-    @property
-    def late(self) -> tuple[int, ...]:
-        """Numbers of the writes that need a value from behind them, in order of execution."""
-        late = [index for index, write in enumerate(self.writes) if write.late]
-        return tuple(sorted(late, key=lambda index: self.writes[index].site.order))
-
-    @property
-    def late_groups(self) -> list[tuple[int, ...]]:
-        """Late writes that share a site resolve together: neither sees the other, whatever their order in the sum."""
-        sites = list(dict.fromkeys(self.writes[index].site for index in self.late))
-        return [tuple(i for i in self.late if self.writes[i].site == site) for site in sites]
-
-    @property
-    def nested(self) -> bool:
-        """Whether a context pass is running inside the forward that the user asked for."""
-        return bool(self.resolving)
-
-    def watch(self) -> None:
-        """Start to follow the root model's forwards; ends with `close`, or with the run itself."""
-        me, root = weakref.ref(self), self.parts.root
-
-        def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            if (run := me()) is not None:
-                run.begin(args, kwargs)
-
-        def after(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-            if (run := me()) is not None:
-                run.end(output)
-
-        self.adopt([root.register_forward_pre_hook(before, with_kwargs=True), root.register_forward_hook(after)])
-
-    def adopt(self, handles: Sequence[RemovableHandle]) -> None:
-        """Own some hooks: they are removed by `close`, or when the run is forgotten."""
-        self._handles.extend(handles)
-        for handle in handles:
-            weakref.finalize(self, handle.remove)
+        self._writes_at = {
+            site: [
+                i for kind in ("replace", "add") for i, w in enumerate(self.writes) if (w.site, w.kind) == (site, kind)
+            ]
+            for site in self.sites
+        }
+        self._reads_at = {
+            site: [(i, read) for i, write in enumerate(self.writes) for read in write.reads if read.site == site]
+            for site in self.sites
+        }
+        self._recorded_at = {write.site for write in self.writes if write.unsteered or write.asides}
 
     @contextmanager
     def context_pass(self, group: tuple[int, ...]) -> Generator[None, None, None]:
@@ -124,6 +89,8 @@ class Run:
         """
         for handle in self._handles:
             handle.remove()
+        for undo in self.at_close:
+            undo()
         if check and self.forwards:
             for index, write in enumerate(self.writes):
                 if write.site.in_vision or index in self._matched:
@@ -134,95 +101,34 @@ class Run:
                     "'generated' starts with the first token fed back."
                 )
 
-    def begin(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        """Take note of a root forward that is about to run.
-
-        Raises:
-            InputError, PositionError, FrameworkError: unusable inputs or cache.
-        """
-        if self.nested or self.paused:
-            return
-        named = self.parts.bind(args, kwargs)
-        ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
-        ids = ids if isinstance(ids, Tensor) else None
-        shown = ids if ids is not None else embeds
-        if not isinstance(shown, Tensor):
-            raise InputError("the forward got neither input_ids nor inputs_embeds; pass the processor's output.")
-        cache = named.get("past_key_values")
-        cache = cache if isinstance(cache, Cache) else None
-        if isinstance(cache, StaticCache):
-            raise FrameworkError("static KV caches are refused until proven; leave cache_implementation out.")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        rows, width = shown.shape[0], shown.shape[1]
-        if past:
-            self.forward = self._decoding(cache, past, width)
-        elif cache is None and (call := self._continued(ids)) is not None:
-            self.forward = Forward(call, 0, width)
-        else:
-            real = self.parts.real_tokens(named.get("attention_mask"), rows, width, shown.device)
-            self.parts.check_pictures(ids, named)
-            call = Call(self.parts.layout(ids, real, self.completion_tokens), ids, width)
-            check_matches(self.writes, call, single_forward=self.single_forward)
-            check_rows(self.writes, ids, rows)
-            self.forward = Forward(call, 0, width)
-            self.on_prompt, self.on_decoded = {}, {}
-            if cache is None:
-                self._uncached = call
-            else:
-                self._calls[cache] = call
-        self.forward.call.length = self.forward.stop
-        self.forwards += 1
-        self._inside = True
-        self._awaiting_backward += int(torch.is_grad_enabled())
-
-    def end(self, output: object) -> None:
-        """Remember which cache a plain forward has filled, so that feeding it back is decoding."""
-        self._inside = self._inside and self.nested
-        cache = getattr(output, "past_key_values", None)
-        if not self.nested and not self.paused and self.forward is not None and isinstance(cache, Cache):
-            self._calls[cache] = self.forward.call
-
-    def _decoding(self, cache: Cache | None, past: int, width: int) -> Forward:
-        call = None if cache is None else self._calls.get(cache)
-        if call is None:
-            raise FrameworkError(
-                f"a KV cache with {past} tokens was filled outside this steering (a cache reused over turns?): which "
-                "of them are prompt is unknown. Start the steering before the prompt, without past_key_values."
-            )
-        if width != 1:
-            raise FrameworkError(
-                f"{width} tokens at once behind a filled cache (chunked prefill, assisted decoding or another turn) "
-                "are refused until proven; feed one token at a time."
-            )
-        return Forward(call, past, past + 1)
-
-    def _continued(self, ids: Tensor | None) -> Call | None:
-        """Without a cache, a forward that repeats the prompt and adds one token to the last one is decoding."""
-        call = self._uncached
-        if call is None or ids is None or call.prompt_ids is None or ids.shape[1] != call.length + 1:
-            return None
-        same_rows = ids.shape[0] == call.prompt_ids.shape[0]
-        return call if same_rows and torch.equal(ids[:, : call.width], call.prompt_ids) else None
-
-    def at(self, site: Site, hidden: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
+    def at(self, site: Site, hidden: Stream) -> Stream:
         """Do what is asked for at a site: reads, then writes, then the user's taps; return the tensor to go on with."""
         if self.paused:
             return hidden
+        if self.recording is not None:
+            if site in self._recorded_at:
+                self.recording[site] = hidden.detach()
+            return hidden
         if not self._inside and not site.in_vision:
             self._check_recomputed(site)
+        if not self.riding or site.in_vision:
+            return self._steered(site, hidden, self.recorded.get(site))
+        rows = self.riding
+        main, twins = hidden[:rows], hidden[rows:]
+        out = self._steered(site, main, twins)
+        return hidden if out is main else torch.cat([out, twins])
+
+    def _steered(self, site: Site, hidden: Stream, twins: Stream | None) -> Stream:
         forward = self.forward
         if forward is not None:
-            for index, write in enumerate(self.writes):
+            for index, read in self._reads_at[site]:
                 # A late read belongs to its own context pass; in the main pass it would see its own write.
-                if index in self.resolving or (not write.late and index not in self.muted):
-                    for read in write.reads:
-                        if read.site == site:
-                            forward.read(index, read, hidden)
+                if index in self.resolving or (not self.writes[index].late and index not in self.muted):
+                    forward.read(index, read, hidden)
         out = hidden
-        for kind in ("replace", "add"):
-            for index, write in enumerate(self.writes):
-                if write.site == site and write.kind == kind and index not in self.muted:
-                    out = self._written(index, write, hidden, out)
+        for index in self._writes_at[site]:
+            if index not in self.muted:
+                out = self._written(index, hidden, out, twins)
         for tap in self.taps:
             if tap.site == site and forward is not None and not self.nested:
                 tap.take(out, forward)
@@ -242,11 +148,11 @@ class Run:
     def _written(
         self,
         index: int,
-        write: Write,
-        hidden: Float[Tensor, "row pos d_model"],
-        out: Float[Tensor, "row pos d_model"],
-    ) -> Float[Tensor, "row pos d_model"]:
-        forward = self.forward
+        hidden: Stream,
+        out: Stream,
+        twins: Stream | None,
+    ) -> Stream:
+        write, forward = self.writes[index], self.forward
         rows = hidden.shape[0]
         if write.site.in_vision:
             mask, context = True, Context((), 0, rows)
@@ -258,7 +164,8 @@ class Run:
                 return out
             if not self.nested:
                 self._count(index, forward, mask)
-            context = forward.context(index, write, rows)
+            context = self._context(index, write, forward, rows, mask)
+            context.unsteered = twins if write.unsteered else None
         alpha = write.alpha_at(context.step)
         if isinstance(alpha, (int, float)) and alpha == 0 and write.kind == "add":
             return out
@@ -273,6 +180,33 @@ class Run:
                 alpha = alpha[:, None, None]
             new = out + (alpha * change).to(out)
         return new if mask is True else torch.where(torch.as_tensor(mask)[..., None], new, out)
+
+    def _context(
+        self, index: int, write: Write, forward: Forward, rows: int, mask: Bool[Tensor, "row pos"] | bool
+    ) -> Context:
+        """What the delta of a write may look at."""
+        call = forward.call
+        reads = tuple(expand_rows(call.values[index, read], rows, "contexts") for read in write.reads)
+        context = Context(reads, forward.step, rows, call.memory.setdefault(index, {}))
+        if write.asides:
+            if index not in call.asides:
+                call.asides[index] = tuple(self._aside(aside, write.site, call, rows) for aside in write.asides)
+            context.asides = call.asides[index]
+        if self.noted is not None and not self.nested:
+            context.note = partial(self.noted, write.site, forward, mask)
+        return context
+
+    def _aside(self, aside: Aside, site: Site, call: Call, rows: int) -> AsideTokens:
+        """Activations of a text at a site: one for all rows, or one per row, padded at the end."""
+        if aside.picture == "input":
+            return call.pictured[aside][site]
+        texts = [self.asides[text, aside.form][site] for text in aside.texts]
+        lengths = torch.tensor([len(text) for text in texts], device=texts[0].device)
+        real = torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
+        tokens = pad_sequence(texts, batch_first=True)
+        if len(texts) == 1:
+            return AsideTokens(tokens, real)
+        return AsideTokens(expand_rows(tokens, rows, "prompt pairs"), expand_rows(real, rows, "prompt pairs"))
 
     def _count(self, index: int, forward: Forward, mask: Tensor | bool) -> None:
         if forward.step > 0:
@@ -293,8 +227,3 @@ class Run:
             (self.on_prompt.get(index, none) + self.on_decoded.get(index, 0)).tolist()
             for index in range(len(self.writes))
         ]
-
-
-def _resolved(write: Write, parts: ModelParts) -> Write:
-    reads = tuple(replace(read, site=parts.resolve(read.site)) for read in write.reads)
-    return replace(write, site=parts.resolve(write.site), reads=reads)

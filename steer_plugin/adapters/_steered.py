@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
+from steer_plugin.adapters._asides import Asides, Reader, install_asides
+from steer_plugin.adapters._hooks import hooked
 from steer_plugin.adapters._parts import Framework, ModelParts
 from steer_plugin.adapters._replay import QuietCall, install_replay
 from steer_plugin.adapters._run import Run
+from steer_plugin.adapters._twins import install_twins
 from steer_plugin.intervention import Intervention, Steerable
 from steer_plugin.sites import Site
 
@@ -33,6 +36,7 @@ class SteeredModel(ABC):
         self.model = model
         self.processor = processor
         self.parts = ModelParts.of(root, processor)
+        self.asides = Asides(self.parts, processor)
         self._stack: list[Intervention] = []
         self._run: Run | None = None
         self._last: Run | None = None
@@ -87,6 +91,35 @@ class SteeredModel(ABC):
         """Yield a way to call the decoder inside a forward so that the run's sites fire."""
         yield self.parts.decoder
 
+    @contextmanager
+    def _reading(self, reader: Reader) -> Generator[tuple[Callable[..., Tensor], Callable[..., object]], None, None]:
+        """Put a reader in place of whatever steers; yields the embedding and the decoder."""
+        outer = self._run
+        was_paused = outer is not None and outer.paused
+        if outer is not None:
+            outer.paused = True
+        try:
+            with hooked(self.ends, reader):
+                yield self.inner(self.parts.embedding), self.inner(self.parts.family.decoder)
+        finally:
+            if outer is not None:
+                outer.paused = was_paused
+
+    def inner(self, path: str) -> Callable[..., Any]:
+        """A module of the root model, to be called so that the user's framework takes no notice."""
+        return self.parts.root.get_submodule(path)
+
+    def equip(self, run: Run) -> None:
+        """Give a run all that takes more than one look: texts of its own, late reads, twins.
+
+        Raises:
+            InputError: a text that cannot be read.
+        """
+        self.asides.serve(run, self._reading)
+        install_asides(run, self.quiet)
+        install_replay(run, self.quiet)
+        install_twins(run, self.quiet)
+
     # -- way 2: around any call ----------------------------------------------------------------------------------
 
     @contextmanager
@@ -118,7 +151,7 @@ class SteeredModel(ABC):
         try:
             with ExitStack() as stack:
                 run.watch()
-                install_replay(run, self.quiet)
+                self.equip(run)
                 steered = stack.enter_context(self.lowered(run))
                 yield steered
         except BaseException:

@@ -116,6 +116,10 @@ class NNsightAttached(AttachedModel):
         with hooked(self.ends, run):
             yield self.envoy.get(self.parts.family.decoder)
 
+    def inner(self, path: str) -> Callable[..., Any]:
+        """A module's envoy: called plainly it stands nnsight down."""
+        return self.envoy.get(path)
+
     def apply(self, *steering: Steerable, tracer: object | None = None) -> None:
         """Steer inside the user's own block: one forward, or with `tracer` every forward of a generation.
 
@@ -126,6 +130,7 @@ class NNsightAttached(AttachedModel):
         """
         run = self.one_pass(steering, single_forward=tracer is None)
         run.watch()
+        self.equip(run)
         if self._running is not None:
             run.begin(*self._running)
         if tracer is None:

@@ -72,6 +72,7 @@ class BridgeAttached(HookedAttached):
         """
         run = self.one_pass(steering)
         run.watch()
+        self.equip(run)
         for site in run.sites:
             self.hook_point(site)
             if site.kind == "vision_resid_post" and site.layer == self.parts.last_vision_layer:

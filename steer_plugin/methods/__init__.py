@@ -6,5 +6,17 @@ from steer_plugin.methods.mean import BehaviourMeans, MeanSteering
 from steer_plugin.methods.network import SteeringNetwork
 from steer_plugin.methods.norm_random import NormRandom
 from steer_plugin.methods.p2s import P2S
+from steer_plugin.methods.steervlm import SteerVLM, SteerVLMConfig
 
-__all__ = ["L2S", "P2S", "BehaviourMeans", "MeanSteering", "NormRandom", "SteeringNetwork", "read_gguf", "write_gguf"]
+__all__ = [
+    "L2S",
+    "P2S",
+    "BehaviourMeans",
+    "MeanSteering",
+    "NormRandom",
+    "SteerVLM",
+    "SteerVLMConfig",
+    "SteeringNetwork",
+    "read_gguf",
+    "write_gguf",
+]

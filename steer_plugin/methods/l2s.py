@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer_plugin.atomic import JSON
+from steer_plugin.context import Context, Read
 from steer_plugin.errors import ArtefactError, InputError
-from steer_plugin.intervention import Alpha, Context, Intervention, Read, Steerable, Write, check_alpha
+from steer_plugin.intervention import Alpha, Intervention, Steerable, Write, check_alpha
 from steer_plugin.methods._saved import model_of, read_artefact, saved_alpha, write_artefact
 from steer_plugin.methods.network import NAMES, SteeringNetwork
 from steer_plugin.methods.published import published_network

@@ -1,0 +1,176 @@
+"""Which columns of which call a forward runs: a steering follows the forwards of its model and changes nothing.
+
+When a forward starts, a passive pre-hook on the root model tells which columns it is about to run; the hook is there only as
+long as the run lives. Calls are known by their KV cache.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, StaticCache
+
+from steer_plugin.adapters._call import Call, Forward, Tap
+from steer_plugin.adapters._checks import check_matches, check_rows
+from steer_plugin.adapters._parts import ModelParts
+from steer_plugin.errors import FrameworkError, InputError
+from steer_plugin.intervention import Intervention, Write
+from steer_plugin.sites import Site
+
+
+class Follower:
+    """The writes and taps of one steering, and where the model's forwards are.
+
+    Raises:
+        SiteError, InputError, PositionError: what this model cannot host, before any work.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        intervention: Intervention,
+        taps: Sequence[Tap] = (),
+        completion_tokens: int | Sequence[int] | None = None,
+        *,
+        single_forward: bool = False,
+    ) -> None:
+        parts.check(intervention)
+        self.parts = parts
+        self.taps = tuple(replace(tap, site=parts.resolve(tap.site)) for tap in taps)
+        self.writes = tuple(_resolved(write, parts) for write in intervention.writes if not write.silent)
+        self.completion_tokens = completion_tokens
+        self.single_forward = single_forward
+        self.forward: Forward | None = None
+        self.forwards = 0
+        self.muted: frozenset[int] = frozenset()
+        self.resolving: tuple[int, ...] = ()
+        self.paused = False
+        self._inside = False
+        self._awaiting_backward = 0
+        self._calls: weakref.WeakKeyDictionary[Cache, Call] = weakref.WeakKeyDictionary()
+        self._uncached: Call | None = None
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every site that is read or written, in order of execution."""
+        found = {write.site for write in self.writes} | {tap.site for tap in self.taps}
+        found |= {read.site for write in self.writes for read in write.reads}
+        return sorted(found, key=lambda site: site.order)
+
+    @property
+    def late(self) -> tuple[int, ...]:
+        """Numbers of the writes that need a value from behind them, in order of execution."""
+        late = [index for index, write in enumerate(self.writes) if write.late]
+        return tuple(sorted(late, key=lambda index: self.writes[index].site.order))
+
+    @property
+    def late_groups(self) -> list[tuple[int, ...]]:
+        """Late writes that share a site resolve together: neither sees the other, whatever their order in the sum."""
+        sites = list(dict.fromkeys(self.writes[index].site for index in self.late))
+        return [tuple(i for i in self.late if self.writes[i].site == site) for site in sites]
+
+    @property
+    def nested(self) -> bool:
+        """Whether a context pass is running inside the forward that the user asked for."""
+        return bool(self.resolving)
+
+    def watch(self) -> None:
+        """Start to follow the root model's forwards; ends with `close`, or with the run itself."""
+        me, root = weakref.ref(self), self.parts.root
+
+        def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            if (run := me()) is not None:
+                run.begin(args, kwargs)
+
+        def after(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+            if (run := me()) is not None:
+                run.end(output)
+
+        self.adopt([root.register_forward_pre_hook(before, with_kwargs=True), root.register_forward_hook(after)])
+
+    def adopt(self, handles: Sequence[RemovableHandle]) -> None:
+        """Own some hooks: they are removed by `close`, or when the run is forgotten."""
+        self._handles.extend(handles)
+        for handle in handles:
+            weakref.finalize(self, handle.remove)
+
+    def begin(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+        """Take note of a root forward that is about to run.
+
+        Raises:
+            InputError, PositionError, FrameworkError: unusable inputs or cache.
+        """
+        if self.nested or self.paused:
+            return
+        named = self.parts.bind(args, kwargs)
+        ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
+        ids = ids if isinstance(ids, Tensor) else None
+        shown = ids if ids is not None else embeds
+        if not isinstance(shown, Tensor):
+            raise InputError("the forward got neither input_ids nor inputs_embeds; pass the processor's output.")
+        cache = named.get("past_key_values")
+        cache = cache if isinstance(cache, Cache) else None
+        if isinstance(cache, StaticCache):
+            raise FrameworkError("static KV caches are refused until proven; leave cache_implementation out.")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        rows, width = shown.shape[0], shown.shape[1]
+        if past:
+            self.forward = self._decoding(cache, past, width)
+        elif cache is None and (call := self._continued(ids)) is not None:
+            self.forward = Forward(call, 0, width)
+        else:
+            real = self.parts.real_tokens(named.get("attention_mask"), rows, width, shown.device)
+            self.parts.check_pictures(ids, named)
+            call = Call(self.parts.layout(ids, real, self.completion_tokens), ids, width)
+            check_matches(self.writes, call, single_forward=self.single_forward)
+            check_rows(self.writes, ids, rows)
+            self.forward = Forward(call, 0, width)
+            self.on_prompt, self.on_decoded = {}, {}
+            if cache is None:
+                self._uncached = call
+            else:
+                self._calls[cache] = call
+        self.forward.call.length = self.forward.stop
+        self.forwards += 1
+        self._inside = True
+        self._awaiting_backward += int(torch.is_grad_enabled())
+
+    def end(self, output: object) -> None:
+        """Remember which cache a plain forward has filled, so that feeding it back is decoding."""
+        self._inside = self._inside and self.nested
+        cache = getattr(output, "past_key_values", None)
+        if not self.nested and not self.paused and self.forward is not None and isinstance(cache, Cache):
+            self._calls[cache] = self.forward.call
+
+    def _decoding(self, cache: Cache | None, past: int, width: int) -> Forward:
+        call = None if cache is None else self._calls.get(cache)
+        if call is None:
+            raise FrameworkError(
+                f"a KV cache with {past} tokens was filled outside this steering (a cache reused over turns?): which "
+                "of them are prompt is unknown. Start the steering before the prompt, without past_key_values."
+            )
+        if width != 1:
+            raise FrameworkError(
+                f"{width} tokens at once behind a filled cache (chunked prefill, assisted decoding or another turn) "
+                "are refused until proven; feed one token at a time."
+            )
+        return Forward(call, past, past + 1)
+
+    def _continued(self, ids: Tensor | None) -> Call | None:
+        """Without a cache, a forward that repeats the prompt and adds one token to the last one is decoding."""
+        call = self._uncached
+        if call is None or ids is None or call.prompt_ids is None or ids.shape[1] != call.length + 1:
+            return None
+        same_rows = ids.shape[0] == call.prompt_ids.shape[0]
+        return call if same_rows and torch.equal(ids[:, : call.width], call.prompt_ids) else None
+
+
+def _resolved(write: Write, parts: ModelParts) -> Write:
+    reads = tuple(replace(read, site=parts.resolve(read.site)) for read in write.reads)
+    return replace(write, site=parts.resolve(write.site), reads=reads)

@@ -1,0 +1,212 @@
+"""The unsteered twin of a steered stream: u, the same tokens at the same sites without any write.
+
+    generation (a cache was given)     rows [:B] steered, rows [B:] twins, in one forward; twins never reach the head
+    any other forward                  a pass of its own, before: the user's reads and gradients see the batch they know
+
+Both share what no write touches: the prompt up to its first written column runs once, without a twin. This happens at
+the text decoder's boundary, below `generate`, the vision tower and the head.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from steer_plugin.adapters._call import Call, Forward
+from steer_plugin.adapters._replay import Quiet
+from steer_plugin.adapters._run import Run
+
+Kwargs = dict[str, object]
+
+
+class Twins:
+    """Hooks on the decoder that let an unsteered stream ride along."""
+
+    def __init__(self, run: Run, quiet: Quiet) -> None:
+        self.run = run
+        self.quiet = quiet
+        self._prefix: Tensor | None = None
+        self._doubled: weakref.WeakKeyDictionary[Cache, int] = weakref.WeakKeyDictionary()
+
+    def install(self) -> None:
+        """Hook the decoder's boundary; the hooks go with the run."""
+        decoder = self.run.parts.decoder
+        self.run.adopt(
+            [
+                decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+                # always_call: an exception in a layer must not leave the run believing that twins still ride.
+                decoder.register_forward_hook(self._after, always_call=True),
+            ]
+        )
+        self.run.at_close.append(self._restore)
+
+    # -- before and after the decoder ----------------------------------------------------------------------------
+
+    def _before(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: Kwargs
+    ) -> tuple[tuple[object, ...], Kwargs] | None:
+        run, forward = self.run, self.run.forward
+        embeds = kwargs.get("inputs_embeds")
+        if run.paused or run.recording is not None or forward is None or not isinstance(embeds, Tensor):
+            return None
+        self._prefix = None
+        call, given = forward.call, kwargs.get("past_key_values")
+        cache = given if isinstance(given, DynamicCache) else None
+        if call.riding is None:
+            # Decided once per call: a stream that began with a pass of its own goes on so.
+            call.riding = cache is not None and not torch.is_grad_enabled() and not run.nested
+        if forward.step == 0:
+            first = self._first_written(call)
+            if first == call.width:
+                return None  # nothing differs yet; the first token fed back starts the twin from this very cache
+            if cache is not None and self._can_share(first, embeds, kwargs):
+                kwargs = self._share(first, forward, args, kwargs)
+        if call.riding and not run.nested:
+            return args, self._with_rows(kwargs, embeds.shape[0], cache)
+        self._pass_of_its_own(args, kwargs, call, cache)
+        return args, kwargs
+
+    def _after(self, module: nn.Module, args: tuple[object, ...], output: object) -> object:
+        run = self.run
+        if run.paused or run.recording is not None:
+            return None
+        rows, run.riding = run.riding, 0
+        prefix, self._prefix = self._prefix, None
+        if not isinstance(output, BaseModelOutputWithPast) or output.last_hidden_state is None:
+            return None
+        if rows:
+            output.last_hidden_state = output.last_hidden_state[:rows]
+        if prefix is not None:
+            output.last_hidden_state = torch.cat([prefix, output.last_hidden_state], 1)
+        return output
+
+    # -- what is shared ------------------------------------------------------------------------------------------
+
+    def _first_written(self, call: Call) -> int:
+        """Return the first column of the prompt that any write touches or any read needs."""
+        run = self.run
+        positions = {write.positions for write in run.writes if not write.site.in_vision}
+        positions |= {read.positions for write in run.writes if not write.late for read in write.reads}
+        touched = torch.stack([call.prompt_mask(one).any(0) for one in positions]).any(0)
+        return int(touched.int().argmax()) if bool(touched.any()) else call.width
+
+    def _can_share(self, first: int, embeds: Tensor, kwargs: Kwargs) -> bool:
+        """Whether the columns before the first written one can run apart, into the given cache."""
+        mask, run = kwargs.get("attention_mask"), self.run
+        if first == 0 or run.taps or run.parts.family.replay != "exact" or run.forward is None or run.forward.start:
+            return False
+        if type(kwargs.get("past_key_values")) is not DynamicCache or (isinstance(mask, Tensor) and mask.ndim != 2):
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        # They run without gradients, which is right only if nothing in them could want one.
+        return not embeds.requires_grad and not any(p.requires_grad for p in run.parts.decoder.parameters())
+
+    def _share(self, first: int, forward: Forward, args: tuple[object, ...], kwargs: Kwargs) -> Kwargs:
+        """Run columns [0, first) once, without writes, and go on with the others."""
+        run, mask = self.run, kwargs.get("attention_mask")
+        head = {**_columns(kwargs, slice(None, first)), "use_cache": True}
+        if isinstance(mask, Tensor):
+            head["attention_mask"] = mask[:, :first]
+        run.paused = True
+        try:
+            with self.quiet(run) as call, torch.no_grad():
+                self._prefix = call(*args, **head).last_hidden_state
+        finally:
+            run.paused = False
+        run.forward = replace(forward, start=first)
+        return _columns(kwargs, slice(first, None))
+
+    # -- the two ways to run a twin ------------------------------------------------------------------------------
+
+    def _with_rows(self, kwargs: Kwargs, rows: int, cache: DynamicCache | None) -> Kwargs:
+        """Append the twins behind the batch: inputs now, the cache once."""
+        if cache is not None and cache not in self._doubled and cache.get_seq_length():
+            both = torch.arange(rows).repeat(2)
+            for layer in cache.layers:
+                if layer.is_initialized:
+                    layer.batch_select_indices(both.to(layer.keys.device))
+        if cache is not None and cache not in self._doubled:
+            self._doubled[cache] = rows
+            _reorder_both(cache)
+        self.run.riding = rows
+        return {name: _twice(name, value, rows) for name, value in kwargs.items()}
+
+    def _pass_of_its_own(
+        self, args: tuple[object, ...], kwargs: Kwargs, call: Call, cache: DynamicCache | None
+    ) -> None:
+        """Run the twin alone and keep what it has at the written sites; its cache goes on with the call."""
+        run = self.run
+        if run.nested or kwargs.get("use_cache") is False:
+            own: Cache | None = None
+        elif call.twin is None:
+            own = _forked(cache) if cache is not None else DynamicCache(config=run.parts.root.config.get_text_config())
+            call.twin = own
+        else:
+            own = call.twin
+        run.recording = {}
+        try:
+            with self.quiet(run) as decoder, torch.no_grad():
+                decoder(*args, **{**kwargs, "past_key_values": own, "use_cache": own is not None})
+            run.recorded = run.recording
+        finally:
+            run.recording = None
+
+    def _restore(self) -> None:
+        """Give the caches that are still in use their own rows back."""
+        for cache, rows in list(self._doubled.items()):
+            vars(cache).pop("reorder_cache", None)
+            for layer in cache.layers:
+                if layer.is_initialized and layer.keys.shape[0] == 2 * rows:
+                    layer.batch_select_indices(torch.arange(rows, device=layer.keys.device))
+        self._doubled.clear()
+
+
+def install_twins(run: Run, quiet: Quiet) -> None:
+    """Give a run its twins, if some write needs them."""
+    if any(write.unsteered for write in run.writes):
+        Twins(run, quiet).install()
+
+
+def _columns(kwargs: Kwargs, columns: slice) -> Kwargs:
+    """Cut the tensors that have one entry per column of this forward; the attention mask covers the cache as well."""
+    cut = dict(kwargs)
+    for name in ("inputs_embeds", "position_ids"):
+        value = kwargs.get(name)
+        if isinstance(value, Tensor):
+            cut[name] = value[:, columns] if name == "inputs_embeds" else value[..., columns]
+    return cut
+
+
+def _twice(name: str, value: object, rows: int) -> object:
+    """Repeat a tensor of the batch for its twins; what has one row for all stays."""
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    dim = value.ndim - 2 if name == "position_ids" else 0  # position_ids may have an axis for mRoPE in front
+    return torch.cat([value, value], dim) if value.shape[dim] == rows else value
+
+
+def _forked(cache: DynamicCache) -> DynamicCache:
+    """Return a second cache that shares what the first holds; growing one leaves the other alone."""
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    return fork
+
+
+def _reorder_both(cache: Cache) -> None:
+    """Let beams move steered rows and twins alike: `generate` knows of the first half only."""
+    me = weakref.ref(cache)
+
+    def reorder(beam_idx: Int[Tensor, " row"]) -> None:
+        if (own := me()) is not None:
+            type(own).reorder_cache(own, torch.cat([beam_idx, beam_idx + beam_idx.shape[0]]))
+
+    # An attribute of this one object, taken away again in `_restore`.
+    vars(cache)["reorder_cache"] = reorder

@@ -1,0 +1,205 @@
+"""SteerVLM: x_l <- x_l + lambda * g(s, p+, p-) * s at attn_out of every layer, s = h(x, u, p+, p-).
+
+x is the steered stream's attention output, u the unsteered one's at the same token, p+ and p- the activations of a target and a
+converse prompt at the same layer. Source: arXiv 2510.26769; a reconstruction (`config.py` says what is ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer_plugin.atomic import JSON
+from steer_plugin.context import Aside, Context
+from steer_plugin.errors import ArtefactError, InputError
+from steer_plugin.intervention import Alpha, Intervention, Steerable, Write, check_alpha
+from steer_plugin.methods._saved import model_of, read_artefact, saved_alpha, write_artefact
+from steer_plugin.methods.steervlm.config import SteerVLMConfig
+from steer_plugin.methods.steervlm.module import PairMemory, SteerVLMModule
+from steer_plugin.positions import Positions
+from steer_plugin.sites import attn_out
+
+
+class SteerVLM(Steerable):
+    """The module, the pair that it is bound to, on which tokens, and how strongly (lambda is `alpha` here).
+
+    Raises:
+        InputError: alpha not finite.
+        PositionError: unknown positions.
+    """
+
+    kind = "steervlm"
+
+    def __init__(
+        self,
+        module: SteerVLMModule,
+        *,
+        pairs: Sequence[tuple[str, str]] = (),
+        positions: Positions | str = "paper",
+        alpha: Alpha = 1.0,
+        model: Mapping[str, JSON] | None = None,
+        report: Mapping[str, JSON] | None = None,
+    ) -> None:
+        if not callable(alpha):
+            check_alpha(alpha)
+        self.module = module
+        self.pairs = tuple(pairs)
+        self.positions = Positions.parse(positions)
+        self.alpha = alpha
+        self.model = model
+        self.report = report
+
+    def __repr__(self) -> str:
+        """Name size, pairs, positions and strength."""
+        config = self.module.config
+        bound = "no pair" if not self.pairs else f"{len(self.pairs)} pair(s)"
+        return (
+            f"SteerVLM(d_model {config.d_model}, {config.n_layers} layers, {bound}, on {str(self.positions)!r}, "
+            f"alpha {self.alpha})"
+        )
+
+    @classmethod
+    def new(cls, config: SteerVLMConfig, seed: int = 0) -> SteerVLM:
+        """An untrained module, drawn from a seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = SteerVLMModule(config)
+        return cls(module.requires_grad_(False).eval())
+
+    def pair(self, p_plus: str | Sequence[str], p_minus: str | Sequence[str]) -> SteerVLM:
+        """Bind a target and a converse prompt; lists bind one pair per batch row. Equal prompts are allowed: neutral.
+
+        Raises:
+            InputError: an empty prompt, or lists of other lengths.
+        """
+        plus, minus = ([side] if isinstance(side, str) else list(side) for side in (p_plus, p_minus))
+        if len(plus) != len(minus) or not plus:
+            raise InputError(f"got {len(plus)} target and {len(minus)} converse prompts; give as many of each.")
+        for name, side in (("p_plus", plus), ("p_minus", minus)):
+            for text in side:
+                if not isinstance(text, str) or not text.strip():
+                    raise InputError(f"{name} must be a text that is not empty, got {text!r}; say what is wanted.")
+        return self._changed(pairs=tuple(zip(plus, minus, strict=True)))
+
+    def with_alpha(self, alpha: Alpha) -> SteerVLM:
+        """The same module at another lambda."""
+        return self._changed(alpha=alpha)
+
+    def with_positions(self, positions: Positions | str) -> SteerVLM:
+        """The same module on other tokens."""
+        return self._changed(positions=positions)
+
+    def _changed(
+        self,
+        pairs: Sequence[tuple[str, str]] | None = None,
+        positions: Positions | str | None = None,
+        alpha: Alpha | None = None,
+    ) -> SteerVLM:
+        return SteerVLM(
+            self.module,
+            pairs=self.pairs if pairs is None else pairs,
+            positions=self.positions if positions is None else positions,
+            alpha=self.alpha if alpha is None else alpha,
+            model=self.model,
+            report=self.report,
+        )
+
+    @property
+    def intervention(self) -> Intervention:
+        """One write at attn_out of every layer, by the one module.
+
+        Raises:
+            InputError: no pair is bound.
+        """
+        if not self.pairs:
+            raise InputError("SteerVLM needs its prompt pair: steervlm.pair('I love rain.', 'I hate rain.').")
+        config = self.module.config
+        same = len(set(self.pairs)) == 1
+        asides = tuple(
+            Aside(tuple(pair[side] for pair in (self.pairs[:1] if same else self.pairs)), config.form, config.picture)
+            for side in (0, 1)
+        )
+        model = {"d_model": config.d_model, "n_layers": config.n_layers, **(self.model or {})}
+        return Intervention(
+            tuple(
+                Write(
+                    attn_out(layer), self.positions, self._delta, self.alpha, width=config.d_model, made_for=model,
+                    asides=asides, unsteered=config.unsteered,
+                )
+                for layer in range(config.n_layers)
+            )
+        )  # fmt: skip
+
+    def _delta(self, hidden: Float[Tensor, "row pos d_model"], context: Context) -> Float[Tensor, "row pos d_model"]:
+        module = self.module
+        weight = module.steerer.down.weight
+        if weight.device != hidden.device:
+            module.to(hidden.device)
+
+        def remember() -> PairMemory:
+            plus, minus = context.asides
+            return module.remember(plus.tokens, plus.real, minus.tokens, minus.real)
+
+        s, gate, change = module(hidden, context.unsteered, context.once("pair", remember))
+        if context.note is not None:
+            context.note("s", s)
+            context.note("gate", gate if gate is not None else torch.ones_like(s))
+            context.note("change", change)
+        return change
+
+    def save(self, folder: Path | str) -> None:
+        """Write module, config, positions, alpha, model and training report as safetensors + JSON; pairs too."""
+        meta: dict[str, JSON] = {
+            "config": self.module.config.as_json(),
+            "pairs": [list(pair) for pair in self.pairs],
+            "positions": str(self.positions),
+            "alpha": saved_alpha(self.alpha),
+            "model": self.model,
+            "report": self.report,
+        }
+        write_artefact(folder, self.kind, self.module.state_dict(), meta)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> SteerVLM:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtefactError: missing, corrupt, of another kind, or tensors that do not fit the config beside them.
+        """
+        tensors, meta = read_artefact(folder, cls.kind, ())
+        stored = meta.get("config")
+        if not isinstance(stored, Mapping):
+            raise ArtefactError(f"the artefact in {folder} has no SteerVLM config; train it again.")
+        module = SteerVLMModule(SteerVLMConfig.from_json(stored))
+        load_state(module, tensors, str(folder))
+        alpha, pairs, report = meta["alpha"], meta["pairs"], meta["report"]
+        return cls(
+            module.requires_grad_(False).eval(),
+            pairs=[(str(pair[0]), str(pair[1])) for pair in pairs if isinstance(pair, list)]
+            if isinstance(pairs, list)
+            else (),
+            positions=str(meta["positions"]),
+            alpha=float(alpha) if isinstance(alpha, (int, float)) else torch.tensor(alpha),
+            model=model_of(meta),
+            report=report if isinstance(report, Mapping) else None,
+        )
+
+
+def load_state(module: SteerVLMModule, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Fill a module with tensors.
+
+    Raises:
+        ArtefactError: other names or shapes than the module's config asks for.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if own != given:
+        odd = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+        shown = ", ".join(f"{name} {given.get(name)} instead of {own.get(name)}" for name in odd[:3])
+        raise ArtefactError(f"{where} was made with another SteerVLM config: {shown}.")
+    dtype = next(iter(tensors.values())).dtype
+    module.to(dtype).load_state_dict(dict(tensors))
