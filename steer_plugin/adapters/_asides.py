@@ -6,6 +6,7 @@ input, they are read anew with every prompt.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
@@ -88,6 +89,10 @@ class Asides:
         """Count the texts that are kept."""
         return len(self._kept)
 
+    def clear(self) -> None:
+        """Forget all texts."""
+        self._kept.clear()
+
     @property
     def nbytes(self) -> int:
         """Memory that the kept activations take."""
@@ -145,26 +150,27 @@ class BehindPictures:
     """Reads asides behind the pictures of each prompt, at the decoder's boundary."""
 
     def __init__(self, run: Run, quiet: Quiet) -> None:
-        self.run, self.quiet = run, quiet
+        self._run, self.quiet = weakref.ref(run), quiet
 
-    def install(self) -> None:
+    def install(self, run: Run) -> None:
         """Hook the decoder's boundary; the hook goes with the run."""
-        self.run.adopt([self.run.parts.decoder.register_forward_pre_hook(self._before, with_kwargs=True)])
+        run.attend(self, run.parts.decoder, BehindPictures._before)
 
-    def _before(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        run, forward, embeds = self.run, self.run.forward, kwargs.get("inputs_embeds")
-        if run.paused or run.recording is not None or run.nested or forward is None or forward.call.pictured:
+    def _before(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        run, embeds = self._run(), kwargs.get("inputs_embeds")
+        if run is None or run.paused or run.recording is not None or run.nested:
             return
-        if isinstance(embeds, Tensor) and forward.step == 0:
+        forward = run.forward
+        if isinstance(embeds, Tensor) and forward is not None and forward.step == 0 and not forward.call.pictured:
             for aside in {aside for write in run.writes for aside in write.asides if aside.picture == "input"}:
-                forward.call.pictured[aside] = self._read(aside, embeds.detach(), forward.call.layout)
+                forward.call.pictured[aside] = self._read(run, aside, embeds.detach(), forward.call.layout)
 
-    def _read(self, aside: Aside, embeds: Tensor, layout: TokenLayout) -> Mapping[Site, AsideTokens]:
+    def _read(self, run: Run, aside: Aside, embeds: Tensor, layout: TokenLayout) -> Mapping[Site, AsideTokens]:
         image, rows = layout.named("image"), embeds.shape[0]
         if not bool(image.any(-1).all()):
             row = int((~image.any(-1)).nonzero()[0])
             raise InputError(f"picture='input' reads pairs behind the input's picture, and row {row} has none.")
-        words = [self.run.words[aside.texts[row * len(aside.texts) // rows]] for row in range(rows)]
+        words = [run.words[aside.texts[row * len(aside.texts) // rows]] for row in range(rows)]
         ends = torch.where(image, torch.arange(image.shape[1], device=image.device), -1).amax(-1)
         pieces = [
             torch.cat([embeds[row, : int(ends[row]) + 1][layout.real[row, : int(ends[row]) + 1]], words[row]])
@@ -173,7 +179,6 @@ class BehindPictures:
         # Padded in front, as prompts are, so that each text ends in the last column.
         padded = pad_sequence([piece.flip(0) for piece in pieces], batch_first=True).flip(1)
         mask = _ends(torch.tensor([len(piece) for piece in pieces]), padded.shape[1]).to(embeds.device)
-        run = self.run
         run.recording = {}
         try:
             with self.quiet(run) as decoder, torch.no_grad():
@@ -197,4 +202,4 @@ def _ends(lengths: Int[Tensor, " row"], width: int) -> Bool[Tensor, "row pos"]:
 def install_asides(run: Run, quiet: Quiet) -> None:
     """Let a run read its asides behind pictures, if it has such."""
     if any(aside.picture == "input" for write in run.writes for aside in write.asides):
-        BehindPictures(run, quiet).install()
+        BehindPictures(run, quiet).install(run)

@@ -7,8 +7,9 @@ long as the run lives. Calls are known by their KV cache.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from steer_plugin.adapters._parts import ModelParts
 from steer_plugin.errors import FrameworkError, InputError
 from steer_plugin.intervention import Intervention, Write
 from steer_plugin.sites import Site
+
+A = TypeVar("A")
 
 
 class Follower:
@@ -55,6 +58,7 @@ class Follower:
         self._calls: weakref.WeakKeyDictionary[Cache, Call] = weakref.WeakKeyDictionary()
         self._uncached: Call | None = None
         self._handles: list[RemovableHandle] = []
+        self._attendants: list[object] = []
 
     @property
     def sites(self) -> list[Site]:
@@ -93,6 +97,30 @@ class Follower:
                 run.end(output)
 
         self.adopt([root.register_forward_pre_hook(before, with_kwargs=True), root.register_forward_hook(after)])
+
+    def attend(
+        self,
+        attendant: A,
+        module: nn.Module,
+        before: Callable[[A, tuple[object, ...], dict[str, object]], object],
+        after: Callable[[A, object], object] | None = None,
+        *,
+        always_call: bool = False,
+    ) -> None:
+        """Own an object that acts at a module's boundary; its hooks go with this one, be it closed or forgotten."""
+        self._attendants.append(attendant)
+        me = weakref.ref(attendant)
+
+        def entering(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+            return None if (one := me()) is None else before(one, args, kwargs)
+
+        def leaving(module: nn.Module, args: tuple[object, ...], output: object) -> Any:
+            return None if (one := me()) is None or after is None else after(one, output)
+
+        handles = [module.register_forward_pre_hook(entering, with_kwargs=True)]
+        if after is not None:
+            handles.append(module.register_forward_hook(leaving, always_call=always_call))
+        self.adopt(handles)
 
     def adopt(self, handles: Sequence[RemovableHandle]) -> None:
         """Own some hooks: they are removed by `close`, or when the run is forgotten."""

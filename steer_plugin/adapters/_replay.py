@@ -11,11 +11,12 @@ With several late writes, each context pass omits its own write, those at the sa
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -31,30 +32,27 @@ class Replay:
     """Hooks on the decoder that do the late reads of a run."""
 
     def __init__(self, run: Run, quiet: Quiet) -> None:
-        self.run = run
+        self._run = weakref.ref(run)
         self.quiet = quiet
         self._prefix: Tensor | None = None
 
-    def install(self) -> None:
+    def install(self, run: Run) -> None:
         """Hook the decoder's boundary; the hooks go with the run."""
-        decoder = self.run.parts.decoder
-        handles = [
-            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            decoder.register_forward_hook(self._after),
-        ]
-        self.run.adopt(handles)
+        run.attend(self, run.parts.decoder, Replay._before, Replay._after)
 
     def _before(
-        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+        self, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
-        run = self.run
+        run = self._run()
+        if run is None:
+            return None
         forward = run.forward
         if run.paused or run.recording is not None or run.nested or forward is None:
             return None
         if forward.stop != forward.call.width or forward.call.resolved:
             return None
         embeds = kwargs.get("inputs_embeds")
-        replayed = isinstance(embeds, Tensor) and self._can_replay(forward, kwargs)
+        replayed = isinstance(embeds, Tensor) and _can_replay(run, forward, kwargs)
         out: BaseModelOutputWithPast | None = None
         groups = run.late_groups
         for number, group in enumerate(groups):
@@ -75,34 +73,41 @@ class Replay:
             cut["position_ids"] = position_ids[..., -1:]
         return args, {**kwargs, **cut}
 
-    def _after(self, module: nn.Module, args: tuple[object, ...], output: object) -> object:
-        if self.run.nested or self._prefix is None or not isinstance(output, BaseModelOutputWithPast):
+    def _after(self, output: object) -> object:
+        run = self._run()
+        if run is None or run.nested or self._prefix is None or not isinstance(output, BaseModelOutputWithPast):
             return None
         prefix, self._prefix = self._prefix, None
         if output.last_hidden_state is not None:
             output.last_hidden_state = torch.cat([prefix[:, :-1], output.last_hidden_state], 1)
         return output
 
-    def _can_replay(self, forward: Forward, kwargs: dict[str, object]) -> bool:
-        """Whether the context pass can serve as the prefill: only the last column, in every row, changes afterwards."""
-        run, call = self.run, forward.call
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        if any(write.unsteered for write in run.writes):
-            return False  # the twin's stream parts from the steered one; `Twins` shares the prefix itself
-        if run.parts.family.replay != "exact" or type(cache) is not DynamicCache or call.width < 2:
-            return False
-        if isinstance(mask, Tensor) and mask.ndim != 2:
-            return False
-        touched = [run.writes[index].positions for index in run.late]
-        touched += [read.positions for i, write in enumerate(run.writes) if i not in run.late for read in write.reads]
-        final = torch.zeros_like(call.layout.real)
-        final[:, -1] = True
-        return bool(call.layout.real[:, -1].all()) and all(
-            torch.equal(call.prompt_mask(positions), final) for positions in touched
-        )
+
+def _can_replay(run: Run, forward: Forward, kwargs: dict[str, object]) -> bool:
+    """Whether the context pass can serve as the prefill: only the last column, in every row, changes afterwards."""
+    call = forward.call
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if any(write.unsteered for write in run.writes):
+        return False  # the twin's stream parts from the steered one; `Twins` shares the prefix itself
+    if captures(kwargs) or run.parts.family.replay != "exact" or type(cache) is not DynamicCache or call.width < 2:
+        return False
+    if isinstance(mask, Tensor) and mask.ndim != 2:
+        return False
+    touched = [run.writes[index].positions for index in run.late]
+    touched += [read.positions for i, write in enumerate(run.writes) if i not in run.late for read in write.reads]
+    final = torch.zeros_like(call.layout.real)
+    final[:, -1] = True
+    return bool(call.layout.real[:, -1].all()) and all(
+        torch.equal(call.prompt_mask(positions), final) for positions in touched
+    )
+
+
+def captures(kwargs: dict[str, object]) -> bool:
+    """Whether the caller wants every token's hidden states or attentions, so that none may run apart."""
+    return bool(kwargs.get("output_hidden_states") or kwargs.get("output_attentions"))
 
 
 def install_replay(run: Run, quiet: Quiet) -> None:
     """Give a run its late reads, if it has any; only for runs that are closed explicitly."""
     if run.late:
-        Replay(run, quiet).install()
+        Replay(run, quiet).install(run)

@@ -15,13 +15,14 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from steer_plugin.adapters._call import Call, Forward
-from steer_plugin.adapters._replay import Quiet
+from steer_plugin.adapters._replay import Quiet, captures
 from steer_plugin.adapters._run import Run
+from steer_plugin.errors import FrameworkError
 
 Kwargs = dict[str, object]
 
@@ -30,28 +31,29 @@ class Twins:
     """Hooks on the decoder that let an unsteered stream ride along."""
 
     def __init__(self, run: Run, quiet: Quiet) -> None:
-        self.run = run
+        self._run = weakref.ref(run)  # the run owns its twins: it must end when it is forgotten
         self.quiet = quiet
         self._prefix: Tensor | None = None
         self._doubled: weakref.WeakKeyDictionary[Cache, int] = weakref.WeakKeyDictionary()
 
     def install(self) -> None:
         """Hook the decoder's boundary; the hooks go with the run."""
-        decoder = self.run.parts.decoder
-        self.run.adopt(
-            [
-                decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-                # always_call: an exception in a layer must not leave the run believing that twins still ride.
-                decoder.register_forward_hook(self._after, always_call=True),
-            ]
-        )
-        self.run.at_close.append(self._restore)
+        run = self.run
+        # always_call: an exception in a layer must not leave the run believing that twins still ride.
+        run.attend(self, run.parts.decoder, Twins._before, Twins._after, always_call=True)
+        run.at_close.append(self._restore)
+
+    @property
+    def run(self) -> Run:
+        """The run that these twins belong to, alive as long as its hooks are."""
+        run = self._run()
+        if run is None:
+            raise FrameworkError("a decoder hook outlived its steering; please report this.")
+        return run
 
     # -- before and after the decoder ----------------------------------------------------------------------------
 
-    def _before(
-        self, module: nn.Module, args: tuple[object, ...], kwargs: Kwargs
-    ) -> tuple[tuple[object, ...], Kwargs] | None:
+    def _before(self, args: tuple[object, ...], kwargs: Kwargs) -> tuple[tuple[object, ...], Kwargs] | None:
         run, forward = self.run, self.run.forward
         embeds = kwargs.get("inputs_embeds")
         if run.paused or run.recording is not None or forward is None or not isinstance(embeds, Tensor):
@@ -73,7 +75,7 @@ class Twins:
         self._pass_of_its_own(args, kwargs, call, cache)
         return args, kwargs
 
-    def _after(self, module: nn.Module, args: tuple[object, ...], output: object) -> object:
+    def _after(self, output: object) -> object:
         run = self.run
         if run.paused or run.recording is not None:
             return None
@@ -82,7 +84,8 @@ class Twins:
         if not isinstance(output, BaseModelOutputWithPast) or output.last_hidden_state is None:
             return None
         if rows:
-            output.last_hidden_state = output.last_hidden_state[:rows]
+            for name in ("last_hidden_state", "hidden_states", "attentions"):
+                output[name] = _own_rows(getattr(output, name, None), rows)
         if prefix is not None:
             output.last_hidden_state = torch.cat([prefix, output.last_hidden_state], 1)
         return output
@@ -100,7 +103,14 @@ class Twins:
     def _can_share(self, first: int, embeds: Tensor, kwargs: Kwargs) -> bool:
         """Whether the columns before the first written one can run apart, into the given cache."""
         mask, run = kwargs.get("attention_mask"), self.run
-        if first == 0 or run.taps or run.parts.family.replay != "exact" or run.forward is None or run.forward.start:
+        if (
+            first == 0
+            or run.taps
+            or captures(kwargs)
+            or run.parts.family.replay != "exact"
+            or run.forward is None
+            or run.forward.start
+        ):
             return False
         if type(kwargs.get("past_key_values")) is not DynamicCache or (isinstance(mask, Tensor) and mask.ndim != 2):
             return False
@@ -173,6 +183,13 @@ def install_twins(run: Run, quiet: Quiet) -> None:
     """Give a run its twins, if some write needs them."""
     if any(write.unsteered for write in run.writes):
         Twins(run, quiet).install()
+
+
+def _own_rows(value: object, rows: int) -> object:
+    """The user's part of what a decoder returns, a tensor or a tuple of them."""
+    if isinstance(value, tuple):
+        return tuple(_own_rows(one, rows) for one in value)
+    return value[:rows] if isinstance(value, Tensor) else value
 
 
 def _columns(kwargs: Kwargs, columns: slice) -> Kwargs:

@@ -55,15 +55,15 @@ class SteerVLMConfig:
     n_layers: int
     reduction: int = 8
     heads: int = 8
-    norm: Norm = "pre"
+    norm: str = "pre"
     residual: bool = True
     bias: bool = True
     types: bool = True
-    pair: PairForm = "tokens"
-    gate_width: Width = "model"
-    gate_down: Down = "shared"
-    form: Form = "chat"
-    picture: Picture = "none"
+    pair: str = "tokens"
+    gate_width: str = "model"
+    gate_down: str = "shared"
+    form: str = "chat"
+    picture: str = "none"
     unsteered: bool = True
     gate: bool = True
 

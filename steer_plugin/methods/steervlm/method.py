@@ -144,7 +144,10 @@ class SteerVLM(Steerable):
             plus, minus = context.asides
             return module.remember(plus.tokens, plus.real, minus.tokens, minus.real)
 
-        s, gate, change = module(hidden, context.unsteered, context.once("pair", remember))
+        # In training the pair is looked at anew: gradient checkpointing must find the same graph when it runs this again.
+        training = torch.is_grad_enabled() and weight.requires_grad
+        memory = remember() if training else context.once("pair", remember)
+        s, gate, change = module(hidden, context.unsteered, memory)
         if context.note is not None:
             context.note("s", s)
             context.note("gate", gate if gate is not None else torch.ones_like(s))

@@ -26,6 +26,8 @@ X, U, PLUS, MINUS = range(4)  # rows of the type embedding
 class PairMemory(NamedTuple):
     """All that the networks need of p+ and p- at one layer; computed once per call, not once per token.
 
+    One row serves a whole batch that has one pair.
+
     Attributes:
         keys, values: one entry for each attention layer.
         real: which pair tokens are no padding.
@@ -61,9 +63,9 @@ class Attention(nn.Module):
         self,
         own: tuple[Float[Tensor, "row pos width"], ...],
         types: Float[Tensor, "kind width"],
-        keys: Float[Tensor, "row pair head dim"],
-        values: Float[Tensor, "row pair head dim"],
-        real: Bool[Tensor, "row pair"],
+        keys: Float[Tensor, "#row pair head dim"],
+        values: Float[Tensor, "#row pair head dim"],
+        real: Bool[Tensor, "#row pair"],
     ) -> Float[Tensor, "row pos width"]:
         """Return what the first of `own` (x, then u) gathers from `own` and the pair."""
         tokens = [self.norm(one) + kind for one, kind in zip(own, types, strict=False)]
@@ -130,10 +132,10 @@ class SteeringGate(nn.Module):
         )
 
     def forward(
-        self, s: Float[Tensor, "row pos width"], pooled: Float[Tensor, "row two_width"]
+        self, s: Float[Tensor, "row pos width"], pooled: Float[Tensor, "#row two_width"]
     ) -> Float[Tensor, "row pos out"]:
         """Return factors between 0 and 1."""
-        pair = pooled[:, None].expand(-1, s.shape[1], -1)
+        pair = pooled[:, None].expand(s.shape[0], s.shape[1], -1)
         return torch.sigmoid(self.mlp(torch.cat([self.norm(s), pair], -1)).float()).to(s.dtype)
 
 
