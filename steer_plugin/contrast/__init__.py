@@ -5,10 +5,12 @@ from steer_plugin.contrast.mmsafety import mmsafety_pairs, mmsafety_split
 from steer_plugin.contrast.pair import ContrastivePair
 from steer_plugin.contrast.pocket import pocket_caption_pairs, pocket_pairs, pocket_request_pairs
 from steer_plugin.contrast.pope import PopeQuestion, pope_pairs, pope_prompt, read_pope
+from steer_plugin.contrast.rows import SteeringRow
 
 __all__ = [
     "ContrastivePair",
     "PopeQuestion",
+    "SteeringRow",
     "mmsafety_pairs",
     "mmsafety_split",
     "pocket_caption_pairs",

@@ -65,7 +65,7 @@ class ContrastivePair:
 
     def load_images(self) -> tuple[Image.Image, ...]:
         """Open the images as RGB; raises InputError naming a path that is missing or no readable picture."""
-        return tuple(_load(image, self.id) for image in self.images)
+        return tuple(load_picture(image, self.id) for image in self.images)
 
 
 def require_file(path: Path, what: str) -> Path:
@@ -75,7 +75,8 @@ def require_file(path: Path, what: str) -> Path:
     return path
 
 
-def _load(image: Picture, pair: str) -> Image.Image:
+def load_picture(image: Picture, pair: str) -> Image.Image:
+    """Return the picture as RGB; raises InputError naming a path that is missing or no readable picture."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     require_file(image, f"Pair {pair!r}")
