@@ -9,6 +9,7 @@ from steer_plugin import pocket as pocket
 from steer_plugin.activations import Activations
 from steer_plugin.adapters import AttachedModel, attach
 from steer_plugin.context import Aside, Context, Read
+from steer_plugin.contrast.rows import SteeringRow
 from steer_plugin.errors import (
     ArtefactError,
     FamilyError,
@@ -43,6 +44,7 @@ from steer_plugin.positions import (
     text,
     user_end,
 )
+from steer_plugin.record import Record
 from steer_plugin.shifts import Shifts
 from steer_plugin.sites import (
     Site,
@@ -57,6 +59,7 @@ from steer_plugin.sites import (
     vision_resid_pre,
 )
 from steer_plugin.training.config import FitConfig
+from steer_plugin.training.steervlm_config import SteerVLMTraining
 
 __version__ = "0.1.0"
 
@@ -81,13 +84,16 @@ __all__ = [
     "PositionError",
     "Positions",
     "Read",
+    "Record",
     "Shifts",
     "Site",
     "SiteError",
     "SteerVLM",
     "SteerVLMConfig",
+    "SteerVLMTraining",
     "Steerable",
     "SteeringError",
+    "SteeringRow",
     "Write",
     "add",
     "attach",

@@ -34,7 +34,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Aside:
-    """A text of its own whose activations, unsteered, a delta needs at its write's site; one for all rows or one per row.
+    """A text of its own whose unsteered activations a delta needs at its write's site: one for all, or one per row.
 
     Attributes:
         texts: the texts.

@@ -24,7 +24,7 @@ CLI = {"cli", "cli_pocket"}
 TOP = {"analysis", "evaluation", "pocket"} | CLI
 ABOVE_ADAPTERS = TOP | {"methods", "contrast", "training"}
 ABOVE_INTERVENTION = ABOVE_ADAPTERS | {"adapters"}
-BOTTOM = ("errors", "artefact", "store", "sites", "positions", "layout")
+BOTTOM = ("errors", "artefact", "store", "sites", "positions", "layout", "record")
 UPWARDS: dict[str, set[str]] = {
     **dict.fromkeys(BOTTOM, ABOVE_INTERVENTION | {"families", "intervention"}),
     "families": ABOVE_INTERVENTION,

@@ -36,7 +36,7 @@ def spell(processor: ProcessorMixin | None, text: str, form: str, longest: int) 
     """Return the token ids of a text in its form, and which of them are the text's own.
 
     Raises:
-        InputError: no processor, a tokenizer without offsets, a text without tokens, or longer than the model's context.
+        InputError: no processor, a tokenizer without offsets, a text without tokens, or longer than the context.
     """
     tokenizer = cast("Any", getattr(processor, "tokenizer", None))
     if processor is None or tokenizer is None:
@@ -84,6 +84,7 @@ class Asides:
         self.parts, self.processor, self.kept_bytes = parts, processor, kept_bytes
         self._kept: OrderedDict[tuple[str, str], dict[Site, Float[Tensor, "pos d_model"]]] = OrderedDict()
         self._version: object = None
+        self._spelled: dict[tuple[str, str], Spelled] = {}
 
     def __len__(self) -> int:
         """Count the texts that are kept."""
@@ -92,6 +93,7 @@ class Asides:
     def clear(self) -> None:
         """Forget all texts."""
         self._kept.clear()
+        self._spelled.clear()
 
     @property
     def nbytes(self) -> int:
@@ -100,8 +102,11 @@ class Asides:
 
     def spelled(self, text: str, form: str) -> Spelled:
         """Token ids of a text; see `spell`."""
+        if (text, form) in self._spelled:
+            return self._spelled[text, form]
         longest = int(getattr(self.parts.root.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
-        return spell(self.processor, text, form, longest)
+        self._spelled[text, form] = spell(self.processor, text, form, longest)
+        return self._spelled[text, form]
 
     def serve(self, run: Run, reading: Reading) -> None:
         """Give a run what its asides need, reading what is not known yet.
@@ -109,30 +114,36 @@ class Asides:
         Raises:
             InputError: see `spell`.
         """
-        needed = [(text, aside, write.site) for write in run.writes for aside in write.asides for text in aside.texts]
-        if not needed:
-            return
-        sites: dict[tuple[str, str], set[Site]] = {}
-        for text, aside, site in needed:
-            self.spelled(text, aside.form)  # refuses before any work
-            if aside.picture == "none":
-                sites.setdefault((text, aside.form), set()).add(site)
-            elif text not in run.words:
-                ids, own = self.spelled(text, "bare")
-                with torch.no_grad(), reading(Reader([])) as (embed, _):
-                    run.words[text] = embed(self._tensor(ids[own]))[0]
-        version = self.parts.version()
-        if version != self._version:
+        sites_of: dict[Aside, set[Site]] = {}
+        for write in run.writes:
+            for aside in write.asides:
+                sites_of.setdefault(aside, set()).add(write.site)
+        texts = {(text, aside.form) for aside in sites_of for text in aside.texts}
+        for text, form in sorted(texts):
+            self.spelled(text, form)  # refuses before any work
+        if texts and (version := self.parts.version()) != self._version:
             self._kept.clear()
             self._version = version
-        for key, asked in sites.items():
-            known = self._kept.setdefault(key, {})
-            self._kept.move_to_end(key)
-            if asked - known.keys():
-                known.update(self._read(key, asked - known.keys(), reading))
-            run.asides[key] = dict(known)
+        for aside, sites in sites_of.items():
+            for text in dict.fromkeys(aside.texts):
+                if aside.picture == "input":
+                    run.words[text] = self._words(text, reading)
+                else:
+                    run.asides[text, aside.form] = self._known(text, aside.form, sites, reading)
         while self.nbytes > self.kept_bytes and len(self._kept) > 1:
             self._kept.popitem(last=False)
+
+    def _words(self, text: str, reading: Reading) -> Float[Tensor, "pos d_model"]:
+        ids, own = self.spelled(text, "bare")
+        with torch.no_grad(), reading(Reader([])) as (embed, _):
+            return embed(self._tensor(ids[own]))[0]
+
+    def _known(self, text: str, form: str, sites: set[Site], reading: Reading) -> Mapping[Site, Tensor]:
+        known = self._kept.setdefault((text, form), {})
+        self._kept.move_to_end((text, form))
+        if missing := sites - known.keys():
+            known.update(self._read((text, form), missing, reading))
+        return dict(known)
 
     def _tensor(self, ids: Sequence[int]) -> Int[Tensor, "1 pos"]:
         return torch.tensor([list(ids)], device=self.parts.root.device)
@@ -178,12 +189,12 @@ class BehindPictures:
         ]
         # Padded in front, as prompts are, so that each text ends in the last column.
         padded = pad_sequence([piece.flip(0) for piece in pieces], batch_first=True).flip(1)
-        mask = _ends(torch.tensor([len(piece) for piece in pieces]), padded.shape[1]).to(embeds.device)
+        mask = _ends(torch.tensor([len(piece) for piece in pieces]), padded.shape[1]).to(embeds.device).long()
         run.recording = {}
         try:
             with self.quiet(run) as decoder, torch.no_grad():
                 decoder(
-                    inputs_embeds=padded, attention_mask=mask.long(), position_ids=(mask.long().cumsum(-1) - 1).clamp(min=0),
+                    inputs_embeds=padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                     use_cache=False,
                 )  # fmt: skip
             got = run.recording

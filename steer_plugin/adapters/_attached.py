@@ -17,6 +17,7 @@ from steer_plugin.adapters._call import Forward, Tap
 from steer_plugin.adapters._extract import SAMPLED_TOKENS, Extraction, Pair, Plan, parse_target
 from steer_plugin.adapters._inputs import check_inputs, collate, encode, image_rows, with_positions
 from steer_plugin.adapters._prepare import Taken, prepared
+from steer_plugin.adapters._record import KEEP, Recorder, check_generation
 from steer_plugin.adapters._run import Run
 from steer_plugin.adapters._show import ShownPositions, shown_positions
 from steer_plugin.adapters._steered import SteeredModel
@@ -24,6 +25,7 @@ from steer_plugin.context import Read
 from steer_plugin.errors import FrameworkError, InputError
 from steer_plugin.intervention import Intervention, Steerable
 from steer_plugin.positions import Positions
+from steer_plugin.record import Record
 from steer_plugin.shifts import Shifts
 from steer_plugin.sites import Site
 
@@ -160,6 +162,39 @@ class AttachedModel(SteeredModel):
         with torch.no_grad(), self._installed(run) as steered:
             self._forward(steered, with_positions(inputs))
         return Activations(masks[0], masks[1], (self.parts.n_layers, self.parts.n_vision_layers), got)
+
+    def record(
+        self,
+        steering: Steerable | None,
+        inputs: Mapping[str, Tensor],
+        *,
+        max_new_tokens: int = 0,
+        keep: Sequence[str] | str = KEEP,
+        reduce: Sequence[str] | str = ("mean",),
+        **generate_kwargs: Any,
+    ) -> Record:
+        """Run the prompt (or generate) and keep what the deltas note, such as SteerVLM's "gate", "s" and "change".
+
+        `reduce` says how it is kept, several at once: "none" every value (layer, row, token, dim); "mean" and "norm"
+        over the dimensions of each token; "dim_mean" over tokens by class, in memory that does not grow with them.
+
+        Raises:
+            InputError: a steering that notes nothing, unknown names or reductions, beams.
+            PositionError: nothing was steered.
+            FrameworkError: xarray is missing.
+        """
+        check_inputs(self.parts, inputs)
+        check_generation(self.parts, max_new_tokens, generate_kwargs)
+        recorder = Recorder(self.parts, keep, reduce, generate_kwargs)
+        run = Run(self.parts, Intervention.of([*self._stack, *([] if steering is None else [steering])]))
+        recorder.install(run)
+        with torch.no_grad(), self._installed(run, check=max_new_tokens > 0) as steered:
+            if max_new_tokens:
+                ids = self._generate(steered, {**inputs, **generate_kwargs, "max_new_tokens": max_new_tokens})
+            else:
+                self._forward(steered, with_positions(inputs))
+                ids = inputs.get("input_ids")
+        return recorder.record(ids, run.counts())
 
     def extract(
         self,

@@ -25,7 +25,7 @@ from transformers import DynamicCache, ProcessorMixin
 from steer_plugin.adapters._call import mean_over
 from steer_plugin.adapters._completions import forced_inputs, pictures, right_padded, until_eos
 from steer_plugin.adapters._hooks import hook_site
-from steer_plugin.adapters._inputs import chat_text, encode, with_positions
+from steer_plugin.adapters._inputs import completion_ids, encode, with_positions
 from steer_plugin.adapters._parts import ModelParts
 from steer_plugin.artefact import versions
 from steer_plugin.atomic import JSON
@@ -164,7 +164,11 @@ class Extraction:
             # At test time there is no suffix: the context is read on the bare prompt.
             bare = self._encode([pair.prompt for pair in pairs], images)
             self._prefill(bare, contexts, cache=None)
-        completions = [self._completion(pair, text) for text in ("positive", "negative") for pair in pairs]
+        sides = [(pair, pair.positive, "positive") for pair in pairs] + [(p, p.negative, "negative") for p in pairs]
+        completions = [
+            completion_ids(self.processor, pair.user_text, text, f"pair {pair.id!r}, {side}")
+            for pair, text, side in sides
+        ]
         if self.plan.target == "average_sampled":
             if not suffixed:
                 self._prefill(inputs, contexts, cache=None)
@@ -279,22 +283,3 @@ class Extraction:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _completion(self, pair: Pair, which: str) -> list[int]:
-        """Token ids of a forced completion as they stand behind the chat prompt.
-
-        Raises:
-            InputError: the tokenizer merges the completion into the prompt.
-        """
-        tokenizer = cast(Any, self.processor).tokenizer
-        prompt = chat_text(self.processor, pair.user_text, 0).rstrip()
-        before = tokenizer(prompt)["input_ids"]
-        after = tokenizer(f"{prompt} {getattr(pair, which)}")["input_ids"]
-        eos = tokenizer.eos_token_id
-        before, after = (ids[:-1] if ids and ids[-1] == eos else ids for ids in (before, after))
-        if after[: len(before)] != before or len(after) == len(before):
-            raise InputError(
-                f"pair {pair.id!r}: the {which} completion {getattr(pair, which)!r} does not stand apart from the "
-                "prompt's tokens; begin it with a word."
-            )
-        return list(after[len(before) :])

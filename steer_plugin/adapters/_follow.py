@@ -1,7 +1,7 @@
 """Which columns of which call a forward runs: a steering follows the forwards of its model and changes nothing.
 
-When a forward starts, a passive pre-hook on the root model tells which columns it is about to run; the hook is there only as
-long as the run lives. Calls are known by their KV cache.
+When a forward starts, a passive pre-hook on the root model tells which columns it is about to run; the hook is there
+only as long as the run lives. Calls are known by their KV cache.
 """
 
 from __future__ import annotations

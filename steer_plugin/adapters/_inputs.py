@@ -28,6 +28,26 @@ def chat_text(processor: ProcessorMixin, prompt: str, pictures: int) -> str:
     return str(rendered)
 
 
+def completion_ids(processor: ProcessorMixin, prompt: str, completion: str, what: str) -> list[int]:
+    """Token ids of a forced completion as they stand behind the chat prompt.
+
+    Raises:
+        InputError: the tokenizer merges the completion into the prompt; names `what`.
+    """
+    tokenizer = cast("Any", processor).tokenizer
+    rendered = chat_text(processor, prompt, 0).rstrip()
+    before = tokenizer(rendered)["input_ids"]
+    after = tokenizer(f"{rendered} {completion}")["input_ids"]
+    eos = tokenizer.eos_token_id
+    before, after = (ids[:-1] if ids and ids[-1] == eos else ids for ids in (before, after))
+    if after[: len(before)] != before or len(after) == len(before):
+        raise InputError(
+            f"{what}: the completion {completion[:40]!r} does not stand apart from the prompt's tokens; begin it with "
+            "a word."
+        )
+    return list(after[len(before) :])
+
+
 def encode(
     processor: ProcessorMixin, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], device: torch.device
 ) -> dict[str, Tensor]:

@@ -87,6 +87,10 @@ class SteeredModel(ABC):
         """One forward on what `lowered` yields."""
 
     @contextmanager
+    def _decoder(self, run: Run) -> Generator[QuietCall, None, None]:
+        yield self.parts.decoder
+
+    @contextmanager
     def quiet(self, run: Run) -> Generator[QuietCall, None, None]:
         """Yield a way to call the decoder inside a forward so that the run's sites fire."""
         yield self.parts.decoder
@@ -109,16 +113,18 @@ class SteeredModel(ABC):
         """A module of the root model, to be called so that the user's framework takes no notice."""
         return self.parts.root.get_submodule(path)
 
-    def equip(self, run: Run) -> None:
+    def equip(self, run: Run, *, plainly: bool = False) -> None:
         """Give a run all that takes more than one look: texts of its own, late reads, twins.
 
         Raises:
             InputError: a text that cannot be read.
         """
         self.asides.serve(run, self._reading)
-        install_asides(run, self.quiet)
-        install_replay(run, self.quiet)
-        install_twins(run, self.quiet)
+        # Under plain hooks the decoder is called as it is: those hooks fire in it already.
+        quiet = self._decoder if plainly else self.quiet
+        install_asides(run, quiet)
+        install_replay(run, quiet)
+        install_twins(run, quiet)
 
     # -- way 2: around any call ----------------------------------------------------------------------------------
 
@@ -143,7 +149,20 @@ class SteeredModel(ABC):
             self._stack.pop()
 
     @contextmanager
-    def _installed(self, run: Run, *, check: bool = False) -> Generator[Any, None, None]:
+    def steering_root(
+        self, *steering: Steerable, completion_tokens: int | Sequence[int] | None = None
+    ) -> Generator[nn.Module, None, None]:
+        """Steer the Hugging Face model itself by torch hooks, whatever framework it is attached through; for training.
+
+        Raises:
+            SiteError, InputError, PositionError: before any work, what this model cannot host.
+        """
+        run = Run(self.parts, Intervention.of([*self._stack, *steering]), completion_tokens=completion_tokens)
+        with self._installed(run, plainly=True):
+            yield self.parts.root
+
+    @contextmanager
+    def _installed(self, run: Run, *, check: bool = False, plainly: bool = False) -> Generator[Any, None, None]:
         """Put a run in force in place of the one that was, and that one back afterwards."""
         outer, self._run, self._last = self._run, run, run
         if outer is not None:
@@ -151,9 +170,8 @@ class SteeredModel(ABC):
         try:
             with ExitStack() as stack:
                 run.watch()
-                self.equip(run)
-                steered = stack.enter_context(self.lowered(run))
-                yield steered
+                self.equip(run, plainly=plainly)
+                yield stack.enter_context(hooked(self.ends, run) if plainly else self.lowered(run))
         except BaseException:
             run.close()
             raise

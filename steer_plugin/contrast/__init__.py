@@ -6,6 +6,7 @@ from steer_plugin.contrast.pair import ContrastivePair
 from steer_plugin.contrast.pocket import pocket_caption_pairs, pocket_pairs, pocket_request_pairs
 from steer_plugin.contrast.pope import PopeQuestion, pope_pairs, pope_prompt, read_pope
 from steer_plugin.contrast.rows import SteeringRow
+from steer_plugin.contrast.vnia import read_vnia, vnia_pairs, vnia_prompts
 
 __all__ = [
     "ContrastivePair",
@@ -20,4 +21,7 @@ __all__ = [
     "pope_prompt",
     "read_pairs",
     "read_pope",
+    "read_vnia",
+    "vnia_pairs",
+    "vnia_prompts",
 ]

@@ -1,4 +1,4 @@
-"""A training row of SteerVLM: a picture, a task, a target and a converse prompt, and the answer in the target's spirit."""
+"""A training row of SteerVLM: a picture, a task, a target and a converse prompt, the answer in the target's spirit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class SteeringRow:
         for name in ("id", "task", "p_plus", "p_minus", "answer"):
             value: object = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise InputError(f"Row {self.id!r}: {name} is {value!r}, expected a text that is not empty. Fill it in.")
+                raise InputError(
+                    f"Row {self.id!r}: {name} is {value!r}, expected a text that is not empty. Fill it in."
+                )
 
     def load_image(self) -> Image.Image:
         """Open the image as RGB; raises InputError naming a path that is missing or no readable picture."""

@@ -61,7 +61,7 @@ class Naive:
         """Logits of one row; `mask` says which tokens are steered."""
         u: dict[int, Tensor] = {}
         with torch.no_grad():
-            record = [("attn_out", l, lambda h, l=l: u.update({l: h.clone()})) for l in range(LAYERS)]
+            record = [("attn_out", n, lambda h, n=n: u.update({n: h.clone()})) for n in range(LAYERS)]
             with plain_hooks(self.plain, *record):
                 self.plain(**inputs)
 
@@ -69,7 +69,7 @@ class Naive:
                 change = self.made.module(h, u[layer], self.memory[self.row][layer])[2]
                 return torch.where(mask[..., None], h + change, h)
 
-            sites = [("attn_out", l, lambda h, l=l: steer(h, l)) for l in range(LAYERS)]
+            sites = [("attn_out", n, lambda h, n=n: steer(h, n)) for n in range(LAYERS)]
             if self.extra:
                 (kind, layer), vector = self.extra[0].split("."), self.extra[1]
                 image = inputs["input_ids"] == IMAGE

@@ -99,7 +99,7 @@ def test_gradients_equal_those_of_plain_hooks(vlm, inputs):
         ids = torch.tensor([plain.processor.tokenizer(f"USER: {words} ASSISTANT:")["input_ids"]])
         kept: list[Tensor] = []
         handles = [
-            l.self_attn.register_forward_hook(lambda m, a, o: kept.append(o[0][0, 2:-1].detach())) for l in layers
+            n.self_attn.register_forward_hook(lambda m, a, o: kept.append(o[0][0, 2:-1].detach())) for n in layers
         ]
         plain.root(input_ids=ids)
         for handle in handles:
@@ -110,24 +110,24 @@ def test_gradients_equal_those_of_plain_hooks(vlm, inputs):
         sides = [text(words) for words in pair]
         memory.append(
             [
-                other.module.remember(*(x for s in sides for x in (s[l][None], torch.ones(1, len(s[l])).bool())))
-                for l in range(LAYERS)
+                other.module.remember(*(x for s in sides for x in (s[n][None], torch.ones(1, len(s[n])).bool())))
+                for n in range(LAYERS)
             ]
         )
     handles = [
-        layer.self_attn.register_forward_hook(lambda m, a, o, l=l: u.update({l: o[0].detach()}))
-        for l, layer in enumerate(layers)
+        layer.self_attn.register_forward_hook(lambda m, a, o, n=n: u.update({n: o[0].detach()}))
+        for n, layer in enumerate(layers)
     ]
     plain.root(**placed)
     for handle in handles:
         handle.remove()
 
-    def steer(o: Any, l: int) -> Any:
-        last = torch.cat([other.module(o[0][r : r + 1, -1:], u[l][r : r + 1, -1:], memory[r][l])[2] for r in range(3)])
+    def steer(o: Any, n: int) -> Any:
+        last = torch.cat([other.module(o[0][r : r + 1, -1:], u[n][r : r + 1, -1:], memory[r][n])[2] for r in range(3)])
         return (torch.cat([o[0][:, :-1], o[0][:, -1:] + last], 1), *o[1:])
 
-    for l, layer in enumerate(layers):
-        layer.self_attn.register_forward_hook(lambda m, a, o, l=l: steer(o, l))
+    for n, layer in enumerate(layers):
+        layer.self_attn.register_forward_hook(lambda m, a, o, n=n: steer(o, n))
     loss = plain.root(**placed).logits[:, -1].float().logsumexp(-1).sum()
     loss.backward()
     for name, parameter in other.module.named_parameters():

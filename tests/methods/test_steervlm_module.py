@@ -127,7 +127,7 @@ def test_ablations():
     "options", [{}, {"gate_down": "own", "gate_width": "bottleneck"}, {"types": False, "norm": "none"}, {"bias": False}]
 )
 def test_size_at_d_model_4096(options: dict[str, Any]):
-    """0.14 % of LLaVA-1.5-7B, whose 7,062,902,784 parameters make that 9.1 to 10.2 M with rounding and what is counted."""
+    """0.14 % of LLaVA-1.5-7B: 9.1 to 10.2 M of its 7,062,902,784 parameters, by rounding and by what is counted."""
     module = SteerVLMModule(sp.SteerVLMConfig(4096, 32, **options))
     assert 9.1e6 <= sum(p.numel() for p in module.parameters()) <= 10.2e6
 
@@ -231,7 +231,7 @@ def test_a_checkpoint_of_another_config(tmp_path: Path):
     "plus,minus", [("", "w7"), ("w7", " "), ([], []), (["w7", "w8"], ["w9"]), (["w7", ""], ["w8", "w9"])]
 )
 def test_bad_pairs(plus: Any, minus: Any):
-    with pytest.raises(sp.InputError, match="not empty|as many of each"):
+    with pytest.raises(sp.InputError, match=r"not empty|as many of each"):
         sp.SteerVLM(made()).pair(plus, minus)
 
 

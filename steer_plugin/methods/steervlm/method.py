@@ -1,13 +1,14 @@
 """SteerVLM: x_l <- x_l + lambda * g(s, p+, p-) * s at attn_out of every layer, s = h(x, u, p+, p-).
 
-x is the steered stream's attention output, u the unsteered one's at the same token, p+ and p- the activations of a target and a
-converse prompt at the same layer. Source: arXiv 2510.26769; a reconstruction (`config.py` says what is ours).
+x is the steered stream's attention output, u the unsteered one's at the same token, p+ and p- the activations of a
+target and a converse prompt at the same layer. Source: arXiv 2510.26769; a reconstruction (`config.py` says what is ours).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,11 @@ from steer_plugin.methods.steervlm.config import SteerVLMConfig
 from steer_plugin.methods.steervlm.module import PairMemory, SteerVLMModule
 from steer_plugin.positions import Positions
 from steer_plugin.sites import attn_out
+
+if TYPE_CHECKING:
+    from steer_plugin.adapters import AttachedModel
+    from steer_plugin.contrast.rows import SteeringRow
+    from steer_plugin.training.steervlm_config import SteerVLMTraining
 
 
 class SteerVLM(Steerable):
@@ -69,6 +75,35 @@ class SteerVLM(Steerable):
             torch.manual_seed(seed)
             module = SteerVLMModule(config)
         return cls(module.requires_grad_(False).eval())
+
+    @classmethod
+    def fit(
+        cls,
+        vlm: AttachedModel,
+        rows: Sequence[SteeringRow],
+        config: SteerVLMConfig | None = None,
+        training: SteerVLMTraining | None = None,
+        *,
+        positions: Positions | str = "paper",
+        seed: int = 0,
+        out: Path | str | None = None,
+        progress: bool = True,
+    ) -> SteerVLM:
+        """Train a new module on rows (picture, task, p+, p-, answer) through the frozen model.
+
+        `config` sizes the module and makes the unpublished choices, `training` says how; `seed` draws the module and
+        the order of the rows. With `out`, checkpoints are kept there and the same call resumes after a crash.
+
+        Raises:
+            InputError: no rows, rows without room for an answer, a pair that cannot be read, no processor.
+            JobError: `out` holds another training.
+        """
+        # Imported here: training needs accelerate, steering does not.
+        from steer_plugin.training.steervlm import train_steervlm
+
+        sized = SteerVLMConfig(vlm.d_model, vlm.n_layers) if config is None else config
+        fresh = cls.new(sized, seed).with_positions(positions)
+        return train_steervlm(vlm, rows, fresh, training, out=out, seed=seed, progress=progress)
 
     def pair(self, p_plus: str | Sequence[str], p_minus: str | Sequence[str]) -> SteerVLM:
         """Bind a target and a converse prompt; lists bind one pair per batch row. Equal prompts are allowed: neutral.
@@ -144,7 +179,7 @@ class SteerVLM(Steerable):
             plus, minus = context.asides
             return module.remember(plus.tokens, plus.real, minus.tokens, minus.real)
 
-        # In training the pair is looked at anew: gradient checkpointing must find the same graph when it runs this again.
+        # While training the pair is looked at anew: gradient checkpointing must find the same graph when it runs again.
         training = torch.is_grad_enabled() and weight.requires_grad
         memory = remember() if training else context.once("pair", remember)
         s, gate, change = module(hidden, context.unsteered, memory)

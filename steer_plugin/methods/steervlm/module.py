@@ -4,9 +4,9 @@
     g = sigmoid(MLP(s', p+', p-'))          one factor per hidden dimension
     x + lambda * g * s       is written by the intervention, not here
 
-A token attends to itself, its own u, and the pair: a structure, not a mask. Per token there are 2 + P keys, of which the
-P of the pair are shared, so memory is O(T * P). Source: arXiv 2510.26769; a reconstruction, as the authors' module is
-not public (choices: `config.py`).
+A token attends to itself, its own u, and the pair: a structure, not a mask. Per token there are 2 + P keys, of which
+the P of the pair are shared, so memory is O(T * P). Source: arXiv 2510.26769; a reconstruction, as the authors' module
+is not public (choices: `config.py`).
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class SteerVLMModule(nn.Module):
     ) -> tuple[
         Float[Tensor, "row pos d_model"], Float[Tensor, "row pos gated"] | None, Float[Tensor, "row pos d_model"]
     ]:
-        """Return (s, g, g * s); with a gate in the bottleneck, g has its width and g * s is gated before the up-projection."""
+        """Return (s, g, g * s); a gate in the bottleneck has its width and acts before the up-projection."""
         dtype = self.steerer.down.weight.dtype
         h = self.steerer.hidden(x.to(dtype), None if u is None else u.to(dtype), memory)
         s = self.steerer.up(h)

@@ -1,0 +1,206 @@
+"""Training SteerVLM through the frozen model, with transformers' Trainer: loop, checkpoints, resume, several processes.
+
+Only the module is trained and saved. `out` holds the Trainer's checkpoints while it runs, `job.json`, and in the end
+the artefact in `out/steervlm`; the same call after a crash goes on from the last whole checkpoint, to the same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from steer_plugin.adapters import AttachedModel
+from steer_plugin.adapters._inputs import chat_text, encode
+from steer_plugin.artefact import versions
+from steer_plugin.atomic import JSON, atomic_write_json
+from steer_plugin.contrast.rows import SteeringRow
+from steer_plugin.errors import InputError, JobError
+from steer_plugin.methods.steervlm import SteerVLM
+from steer_plugin.training.steervlm_config import SteerVLMTraining
+from steer_plugin.training.trainee import Collator, Trainee, frozen, thawed
+
+
+class _Rows(Dataset[SteeringRow]):
+    def __init__(self, rows: Sequence[SteeringRow]) -> None:
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> SteeringRow:
+        return self.rows[index]
+
+
+def train_steervlm(
+    vlm: AttachedModel,
+    rows: Sequence[SteeringRow],
+    steering: SteerVLM,
+    training: SteerVLMTraining | None = None,
+    *,
+    out: Path | str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> SteerVLM:
+    """Train a module in place on rows (picture, task, p+, p-, answer) and return it frozen, with its report.
+
+    Raises:
+        InputError: no rows, no processor, rows without room for an answer, a module of another model.
+        JobError: `out` holds another training.
+    """
+    chosen = SteerVLMTraining() if training is None else training
+    _check(vlm, rows, steering, chosen)
+    job = _job(vlm, rows, steering, chosen, seed)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()) if out is None else out)
+        last = _resumable(folder, job)
+        stack.callback(thawed, vlm, frozen(vlm))
+        steering.module.requires_grad_(True).train()
+        stack.callback(lambda: steering.module.requires_grad_(False).eval())
+        trainee = Trainee(vlm, steering.with_alpha(chosen.alpha), checkpointing=chosen.checkpointing)
+        stack.callback(trainee.close)
+        trainer = Trainer(
+            model=trainee,
+            args=_arguments(folder, chosen, seed, vlm.device, progress=progress),
+            train_dataset=_Rows(rows),
+            data_collator=cast("Any", Collator(vlm, chosen.max_tokens)),
+        )
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    report: dict[str, JSON] = {
+        **job,
+        "history": [{"step": int(entry["step"]), "loss": float(entry["loss"])} for entry in history],
+        "versions": cast("JSON", versions()),
+    }
+    made = SteerVLM(
+        steering.module, positions=steering.positions, alpha=steering.alpha, model=vlm.parts.identity(), report=report
+    )
+    if out is not None and trainer.is_world_process_zero():
+        made.save(Path(out) / "steervlm")
+    return made
+
+
+def _check(vlm: AttachedModel, rows: Sequence[SteeringRow], steering: SteerVLM, training: SteerVLMTraining) -> None:
+    """Refuse, before any work, what would fail in the middle of it."""
+    if not rows:
+        raise InputError("training needs rows (picture, task, p+, p-, answer), got none.")
+    if len({row.id for row in rows}) != len(rows):
+        raise InputError("two training rows have one id; ids name rows in messages and in the job's hash.")
+    if vlm.processor is None:
+        raise InputError("training needs the model's processor: sp.attach(model, processor).")
+    config = steering.module.config
+    vlm.parts.check(steering.pair(rows[0].p_plus, rows[0].p_minus).intervention)
+    for text in sorted({text for row in rows for text in (row.p_plus, row.p_minus)}):
+        vlm.asides.spelled(text, config.form)
+    if training.max_tokens is not None:
+        _check_room(vlm, rows, training.max_tokens)
+
+
+def _check_room(vlm: AttachedModel, rows: Sequence[SteeringRow], most: int) -> None:
+    """Every prompt must leave room for an answer; the picture's tokens are those of the first row's picture."""
+    processor = vlm.processor
+    if processor is None:
+        return
+    tokenizer = cast("Any", processor).tokenizer
+    words = {task: len(tokenizer(chat_text(processor, task, 1))["input_ids"]) for task in {row.task for row in rows}}
+    first = encode(processor, [rows[0].task], [[rows[0].load_image()]], torch.device("cpu"))["input_ids"].shape[1]
+    picture = first - words[rows[0].task]
+    crowded = [row.id for row in rows if words[row.task] + picture >= most]
+    if crowded:
+        raise InputError(
+            f"{len(crowded)} of {len(rows)} rows (the first is {crowded[0]!r}) have no answer token within "
+            f"max_tokens={most}: their prompts alone are as long. Raise max_tokens or leave them out."
+        )
+
+
+def _job(
+    vlm: AttachedModel, rows: Sequence[SteeringRow], steering: SteerVLM, training: SteerVLMTraining, seed: int
+) -> dict[str, JSON]:
+    texts = [[row.id, row.task, row.p_plus, row.p_minus, row.answer] for row in rows]
+    start = hashlib.sha256()
+    for name, tensor in sorted(steering.module.state_dict().items()):
+        start.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    return {
+        "model": {**vlm.parts.identity(), "fingerprint": vlm.parts.fingerprint()},
+        "config": steering.module.config.as_json(),
+        "positions": str(steering.positions),
+        "training": training.as_json(),
+        "start": start.hexdigest(),
+        "rows": len(rows),
+        "data": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        "seed": seed,
+    }
+
+
+def _resumable(folder: Path, job: Mapping[str, JSON]) -> Path | None:
+    """Return the last whole checkpoint of this very job, if there is one; half-written ones are removed.
+
+    Raises:
+        JobError: the folder holds another training.
+    """
+    path = folder / "job.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        differing = sorted(key for key in known.keys() | job.keys() if known.get(key) != job.get(key))
+        if differing:
+            raise JobError(
+                f"{folder} holds another training (its {', '.join(differing)} differ); give another folder, or "
+                "remove this one."
+            )
+    else:
+        atomic_write_json(path, dict(job))
+    whole: dict[int, Path] = {}
+    for checkpoint in folder.glob("checkpoint-*"):
+        # Written last, so a checkpoint that has it is whole.
+        if _readable(checkpoint / "trainer_state.json"):
+            whole[int(checkpoint.name.rsplit("-", 1)[1])] = checkpoint
+        else:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return whole[max(whole)] if whole else None
+
+
+def _readable(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _arguments(
+    folder: Path, training: SteerVLMTraining, seed: int, device: torch.device, *, progress: bool
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.accumulate,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(training.warmup * training.steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        bf16=training.precision == "bf16",
+        fp16=training.precision == "fp16",
+        save_steps=training.save_every,
+        save_total_limit=2,
+        logging_steps=training.log_every,
+        seed=seed,
+        data_seed=seed,
+        disable_tqdm=not progress,
+        use_cpu=device.type == "cpu",
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=0,
+    )
