@@ -194,7 +194,7 @@ class AttachedModel(SteeredModel):
             else:
                 self._forward(steered, with_positions(inputs))
                 ids = inputs.get("input_ids")
-        return recorder.record(ids, run.counts())
+        return recorder.record(ids)
 
     def extract(
         self,

@@ -25,7 +25,7 @@ from transformers import DynamicCache, ProcessorMixin
 from steer_plugin.adapters._call import mean_over
 from steer_plugin.adapters._completions import forced_inputs, pictures, right_padded, until_eos
 from steer_plugin.adapters._hooks import hook_site
-from steer_plugin.adapters._inputs import completion_ids, encode, with_positions
+from steer_plugin.adapters._inputs import chat_text, completion_ids, encode, with_positions
 from steer_plugin.adapters._parts import ModelParts
 from steer_plugin.artefact import versions
 from steer_plugin.atomic import JSON

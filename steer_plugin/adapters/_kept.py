@@ -1,6 +1,6 @@
 """What is kept of one noted name at one site: running sums over tokens, and values by token where they were asked for.
 
-    note (row, pos, dim) -> none (row, token, dim)   mean, norm (row, token)   dim_mean (row, class, dim)
+note (row, pos, dim) -> none (row, token, dim)   mean, norm (row, token)   dim_mean (row, class, dim)
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from steer_plugin.record import CLASSES, MOMENTS, SUMMED, Variable
+from steer_plugin.record import CLASSES, MOMENTS, SUFFIXES, SUMMED, Variable
 from steer_plugin.sites import Site
 
-REDUCE = ("none", "mean", "norm", "dim_mean")
-PER_TOKEN = {"none": "", "mean": "_mean", "norm": "_norm"}
+PER_TOKEN = ("none", "mean", "norm")
 
 
 class Growing:
@@ -121,7 +120,7 @@ def labelled(name: str, dim: str, layers: Sequence[Kept], columns: Mapping[int, 
         for number, kept in enumerate(layers):
             if kept.columns:
                 values[number][:, [columns[column] for column in kept.columns]] = kept.taken(reduction)
-        out[f"{name}{PER_TOKEN[reduction]}"] = (("layer", "row", "token", *more), values.numpy())
+        out[f"{name}{SUFFIXES[reduction]}"] = (("layer", "row", "token", *more), values.numpy())
     moments = torch.stack([kept.moments for kept in layers])
     out[f"{name}_moments"] = (("layer", "row", "class", "moment"), moments.numpy())
     means = [mean for kept in layers if (mean := kept.dim_means) is not None]

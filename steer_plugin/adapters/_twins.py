@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import weakref
 from dataclasses import replace
+from typing import cast
 
 import torch
 from jaxtyping import Int
@@ -34,7 +35,7 @@ class Twins:
         self._run = weakref.ref(run)  # the run owns its twins: it must end when it is forgotten
         self.quiet = quiet
         self._prefix: Tensor | None = None
-        self._doubled: weakref.WeakKeyDictionary[Cache, int] = weakref.WeakKeyDictionary()
+        self._doubled: weakref.WeakKeyDictionary[DynamicCache, int] = weakref.WeakKeyDictionary()
 
     def install(self) -> None:
         """Hook the decoder's boundary; the hooks go with the run."""
@@ -139,10 +140,7 @@ class Twins:
     def _with_rows(self, kwargs: Kwargs, rows: int, cache: DynamicCache | None) -> Kwargs:
         """Append the twins behind the batch: inputs now, the cache once."""
         if cache is not None and cache not in self._doubled and cache.get_seq_length():
-            both = torch.arange(rows).repeat(2)
-            for layer in cache.layers:
-                if layer.is_initialized:
-                    layer.batch_select_indices(both.to(layer.keys.device))
+            cache.batch_select_indices(torch.arange(rows).repeat(2))
         if cache is not None and cache not in self._doubled:
             self._doubled[cache] = rows
             _reorder_both(cache)
@@ -173,9 +171,7 @@ class Twins:
         """Give the caches that are still in use their own rows back."""
         for cache, rows in list(self._doubled.items()):
             vars(cache).pop("reorder_cache", None)
-            for layer in cache.layers:
-                if layer.is_initialized and layer.keys.shape[0] == 2 * rows:
-                    layer.batch_select_indices(torch.arange(rows, device=layer.keys.device))
+            cache.batch_select_indices(torch.arange(rows))
         self._doubled.clear()
 
 
@@ -217,13 +213,14 @@ def _forked(cache: DynamicCache) -> DynamicCache:
     return fork
 
 
-def _reorder_both(cache: Cache) -> None:
+def _reorder_both(cache: DynamicCache) -> None:
     """Let beams move steered rows and twins alike: `generate` knows of the first half only."""
     me = weakref.ref(cache)
 
     def reorder(beam_idx: Int[Tensor, " row"]) -> None:
         if (own := me()) is not None:
-            type(own).reorder_cache(own, torch.cat([beam_idx, beam_idx + beam_idx.shape[0]]))
+            both = torch.cat([beam_idx, beam_idx + beam_idx.shape[0]])
+            type(own).reorder_cache(own, cast("torch.LongTensor", both))
 
     # An attribute of this one object, taken away again in `_restore`.
     vars(cache)["reorder_cache"] = reorder

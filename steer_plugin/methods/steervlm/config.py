@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from steer_plugin.atomic import JSON
 from steer_plugin.errors import ArtefactError, InputError
@@ -86,6 +86,11 @@ class SteerVLMConfig:
     def width(self) -> int:
         """Dimensions of the bottleneck."""
         return self.d_model // self.reduction
+
+    @property
+    def aside(self) -> tuple[Form, Picture]:
+        """How p+ and p- are read."""
+        return cast("Form", self.form), cast("Picture", self.picture)
 
     def as_json(self) -> dict[str, JSON]:
         """Every field."""

@@ -97,6 +97,10 @@ class Steerer(nn.Module):
         if config.bias:
             nn.init.zeros_(self.up.bias)
 
+    def layers(self) -> list[Attention]:
+        """The two attention layers."""
+        return [layer for layer in self.attention if isinstance(layer, Attention)]
+
     def kinds(self) -> Float[Tensor, "kind width"]:
         """Type embeddings of x, u, p+ and p-."""
         weight = self.down.weight
@@ -108,7 +112,7 @@ class Steerer(nn.Module):
         """Return s before its up-projection."""
         h = self.down(x)
         context = () if u is None or not self.config.unsteered else (self.down(u),)
-        for layer, keys, values in zip(self.attention, memory.keys, memory.values, strict=True):
+        for layer, keys, values in zip(self.layers(), memory.keys, memory.values, strict=True):
             gathered = layer((h, *context), self.kinds(), keys, values, memory.real)
             h = h + gathered if self.config.residual else gathered
         return h
@@ -163,7 +167,7 @@ class SteerVLMModule(nn.Module):
         sides = torch.cat([plus, minus], 1)
         types = torch.cat([kinds[PLUS].expand(plus.shape[1], -1), kinds[MINUS].expand(minus.shape[1], -1)])
         small = self.steerer.down(sides)
-        remembered = [layer.remember(small, types) for layer in self.steerer.attention]
+        remembered = [layer.remember(small, types) for layer in self.steerer.layers()]
         if self.gate is None:
             pooled = small.new_zeros(small.shape[0], 0)
         else:
