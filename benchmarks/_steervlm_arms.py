@@ -12,13 +12,21 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
-    CLIPImageProcessorPil, CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
-    LlavaProcessor, PreTrainedTokenizerFast,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
 )  # fmt: skip
 
 import steer_plugin as sp
+from steer_plugin.adapters import AttachedModel
+from steer_plugin.methods.steervlm import SteerVLMModule
 
-PAIRS = {"pocket": ("describe the red square .", "describe the sky ."), "random": ("w20 w21 w22 w23 w24", "w30 w31")}
+PAIRS = {"pocket": ("The rain is great.", "The rain is poor."), "random": ("w20 w21 w22 w23 w24", "w30 w31")}
 
 
 def random_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -33,8 +41,9 @@ def random_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         extra_special_tokens={"image_token": "<image>"}, padding_side="left",
     )  # fmt: skip
     template = (
-        "{% for message in messages %}USER: {% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
-        "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}ASSISTANT:"
+        "{% for message in messages %}USER: {% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] + ' ' }}{% endif %}"
+        "{% endfor %}{% endfor %}ASSISTANT:"
     )
     images = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     processor = LlavaProcessor(
@@ -55,10 +64,12 @@ def random_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.0 if parameter.ndim == 2 else 1.0)  # so that tokens attend to others and logits differ
+        # What was said last decides what is said next.
+        model.get_parameter("model.language_model.embed_tokens.weight").mul_(30.0)
     return model, processor
 
 
-def load(name: str, batch: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, dict[str, Tensor]]:
+def load(name: str, batch: int) -> tuple[Any, LlavaProcessor, dict[str, Tensor]]:
     """Return a model that never stops by itself, its processor, and one batch of prompts of one length."""
     if name == "pocket":
         model, processor = sp.pocket.load()
@@ -80,10 +91,22 @@ def attentions(model: nn.Module) -> list[nn.Module]:
     return [layer.get_submodule("self_attn") for layer in model.get_submodule("model.language_model.layers").children()]
 
 
+def drawn_steering(name: str, vlm: AttachedModel) -> sp.SteerVLM:
+    """Return SteerVLM bound to the model's pair; its weights are drawn here, large enough to change what is said."""
+    made = sp.SteerVLM.new(sp.SteerVLMConfig(vlm.d_model, vlm.n_layers))
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in made.module.parameters():
+            if weight.ndim == 2:
+                weight.copy_(torch.randn(weight.shape, generator=draw) * weight.shape[1] ** -0.5)
+    made.module.to(vlm.device)
+    return made.pair(*PAIRS[name])
+
+
 class Naive:
     """SteerVLM as the paper describes it: two forwards per token, each with its own cache, and nothing shared."""
 
-    def __init__(self, model: Any, processor: Any, module: sp.SteerVLMModule, texts: Sequence[str], where: str) -> None:
+    def __init__(self, model: Any, processor: Any, module: SteerVLMModule, texts: Sequence[str], where: str) -> None:
         self.model, self.module = model, module
         self.first = None if where == "everywhere" else -1  # of a prompt's columns, the first that is steered
         plus, minus = (self._read(processor, text) for text in texts)
@@ -126,6 +149,8 @@ class Naive:
         finally:
             for hook in hooks:
                 hook.remove()
+            del self.cache, self.memory  # the next arm's memory is measured without them
+            self.unsteered.clear()
 
     def _unsteered(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.recording:

@@ -1,27 +1,28 @@
 """What SteerVLM costs: unsteered generation, the paper's two passes, and this package, side by side in one run.
 
-    unsteered          model.generate
-    naive              before each steered forward of `generate` an unsteered one: plain torch hooks, a KV cache for each
-                       stream, p+ and p- read beforehand; steers "last_prompt|generated"
-    ours               vlm.generate(steering=...) on the same positions, the default
-    naive_everywhere   both of these on every token
+    unsteered         model.generate
+    naive             before each steered forward of `generate` an unsteered one: plain torch hooks, a KV cache for
+                      each stream, p+ and p- read beforehand; steers "last_prompt|generated"
+    ours              vlm.generate(steering=...) on the same positions, the default
+    naive_everywhere  both of these on every token
     ours_everywhere
-    ours_compiled      `ours` with its module under torch.compile (--compile); a failure is reported, not raised
+    ours_compiled     `ours` with its module under torch.compile (--compile); a failure is reported, not raised
 
-All of them go through the same `generate`, so a ratio holds the steering alone. Repeats are interleaved (A B C A B C) and
-ratios are formed within a repeat, so what slows the machine for a while cancels; reported are median and quartiles.
+All of them go through the same `generate` (which encodes a picture once, for naive's two passes as well), so a ratio
+holds the steering alone. Repeats are interleaved (A B C A B C) and ratios are formed within a repeat, so what slows
+the machine for a while cancels; reported are median and quartiles.
 
-    first_token_s      generate(max_new_tokens=1), picture included
-    decode_s           the other tokens of generate(max_new_tokens=N), from the moment that the first one's logits are there
-    peak_bytes         of the N tokens, weights included; CUDA only
+    first_token_s  generate(max_new_tokens=1), picture included
+    decode_s       the other tokens of generate(max_new_tokens=N), from when the first one's logits are there
+    peak_bytes     of the N tokens, weights included; CUDA only
 
-Before anything is timed, naive and ours must say the same greedy tokens in float32, steering must change them, and the
-forwards, decoder tokens and rows of lm_head are counted by hooks. Models: the pocket VLM, where bookkeeping shows, and a
-random LLaVA of real image geometry (576 image tokens), where the arithmetic does.
+Before anything is timed, naive and ours must say the same greedy tokens in float32, steering must change them, and
+the forwards, decoder tokens and rows of lm_head are counted by hooks. Models: the pocket VLM, where bookkeeping shows,
+and a random LLaVA of real image geometry (576 image tokens), where the arithmetic does.
 
     python benchmarks/steervlm_latency.py --models pocket,random --tokens 24 --repeats 5 --out bench.json
 """
-# ruff: noqa: T20
+# ruff: noqa: T201
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _steervlm_arms import PAIRS, Naive, load
+from _steervlm_arms import PAIRS, Naive, drawn_steering, load
 from torch import Tensor, nn
 
 import steer_plugin as sp
@@ -50,7 +51,7 @@ RATIOS = (
     ("ours_everywhere", "unsteered"), ("ours_everywhere", "naive_everywhere"), ("ours_compiled", "ours"),
     ("ours_compiled", "naive"),
 )  # fmt: skip
-CHECKED_TOKENS, STRENGTH = 6, 25.0
+CHECKED_TOKENS = 6
 Arm = Callable[..., Tensor]  # generate(max_new_tokens=..., logits_processor=...), inputs bound
 
 
@@ -162,21 +163,19 @@ def measure(name: str, dtype: str, args: argparse.Namespace) -> dict[str, JSON]:
     """Check, count and time every arm on one model in one precision."""
     device = torch.device(args.device)
     model, processor, batch = load(name, args.batch)
-    model.to(device)  # pyright: ignore[reportArgumentType]
+    model.to(device)
     inputs = {key: value.to(device) for key, value in batch.items()}
     vlm = sp.attach(model, processor)
-    made = sp.SteerVLM.new(sp.SteerVLMConfig(vlm.d_model, vlm.n_layers), seed=3)
-    with torch.no_grad():
-        made.module.to(device).steerer.up.weight.mul_(STRENGTH)  # strong enough to change what is said
-    steering = made.pair(*PAIRS[name])
+    steering = drawn_steering(name, vlm)
+    module = steering.module
 
     def bound(call: Callable[..., Tensor], **more: Any) -> Arm:
         return partial(call, **inputs, **more, do_sample=False)
 
     def arms() -> dict[str, Arm]:
-        found = {"unsteered": bound(model.generate)}  # pyright: ignore[reportArgumentType]
+        found = {"unsteered": bound(model.generate)}
         for end, where in (("", "last_prompt|generated"), ("_everywhere", "everywhere")):
-            found[f"naive{end}"] = bound(Naive(model, processor, made.module, PAIRS[name], where).generate)
+            found[f"naive{end}"] = bound(Naive(model, processor, module, PAIRS[name], where).generate)
             found[f"ours{end}"] = bound(vlm.generate, steering=steering.with_positions(where))
         return found
 
@@ -184,19 +183,18 @@ def measure(name: str, dtype: str, args: argparse.Namespace) -> dict[str, JSON]:
     report: dict[str, JSON] = {
         "model": name, "dtype": dtype, "d_model": vlm.d_model, "layers": vlm.n_layers, "prompt_tokens": width,
         "parameters": sum(one.numel() for one in model.parameters()),
-        "module_parameters": sum(one.numel() for one in made.module.parameters()),
+        "module_parameters": sum(one.numel() for one in module.parameters()),
         "agreement": check(arms(), width, device),
         "work": {arm: work(call, model) for arm, call in arms().items()},
     }  # fmt: skip
     model.to(getattr(torch, dtype))
-    made.module.to(getattr(torch, dtype))
+    module.to(getattr(torch, dtype))
     timed_arms = arms()
     if args.compile:
         try:
             fast = bound(vlm.generate, steering=compiled(steering))
-            report["compile"] = {
-                "same_tokens": torch.equal(*(arm(max_new_tokens=3) for arm in (fast, timed_arms["ours"])))
-            }
+            said = [arm(max_new_tokens=CHECKED_TOKENS) for arm in (fast, timed_arms["ours"])]
+            report["compile"] = {"same_tokens": torch.equal(*said)}
             timed_arms["ours_compiled"] = fast
         except Exception as error:  # whatever keeps a compiler from working here: none of it is needed
             report["compile"] = {"failed": f"{type(error).__name__}: {error}"[:1000]}
@@ -225,17 +223,9 @@ def table(run: dict[str, Any], batch: int, tokens: int) -> str:
     for arm, measured in times.items():
         naive = "naive_everywhere" if "everywhere" in arm else "naive"
         first, decode = (float(np.median([one[key] for one in measured])) for key in ("first_token_s", "decode_s"))
-        cells = [
-            arm,
-            f"{1000 * first:.1f}",
-            ratio("first_token_s", arm, "unsteered"),
-            ratio("first_token_s", arm, naive),
-        ]
-        cells += [
-            f"{batch * (tokens - 1) / decode:.1f}",
-            ratio("decode_s", arm, "unsteered"),
-            ratio("decode_s", arm, naive),
-        ]
+        cells = [arm, f"{1000 * first:.1f}", *(ratio("first_token_s", arm, other) for other in ("unsteered", naive))]
+        cells += [f"{batch * (tokens - 1) / decode:.1f}"]
+        cells += [ratio("decode_s", arm, other) for other in ("unsteered", naive)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, *([f"\ncompile: {run['compile']}"] if "compile" in run else [])])
 

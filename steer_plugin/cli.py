@@ -1,4 +1,4 @@
-"""`steer-plugin`: demo, extract, fit, steer, eval, pocket; every command is a thin layer over the Python calls."""
+"""`steer-plugin`: demo, extract, fit, train, steer, eval, experiments, pocket; thin layers over the Python calls."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from steer_plugin.artefact import read as read_artefact
 from steer_plugin.cli_pocket import pocket_app, say
+from steer_plugin.cli_train import experiments_app, train_app
 from steer_plugin.errors import InputError, SteeringError, nearest
 from steer_plugin.intervention import Steerable
-from steer_plugin.methods import L2S, MeanSteering
+from steer_plugin.methods import L2S, MeanSteering, SteerVLM
 from steer_plugin.shifts import Shifts
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=(
@@ -24,6 +25,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 eval_app = typer.Typer(no_args_is_help=True, help="Evaluate steering methods on a benchmark.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(pocket_app, name="pocket")
+app.add_typer(train_app, name="train")
+app.add_typer(experiments_app, name="experiments")
 
 Out = Annotated[Path, typer.Option(help="Output folder; a run that was interrupted resumes in it.")]
 Model = Annotated[str, typer.Option(help="'pocket', a model folder, or a hub id.")]
@@ -143,6 +146,8 @@ def steer(
     steering: Annotated[Path, typer.Option(help="Folder that `fit` wrote, or a published .pt network.")],
     model: Model = "pocket",
     alpha: Annotated[float | None, typer.Option(help="Strength; the saved one by default.")] = None,
+    p_plus: Annotated[str | None, typer.Option(help="Target prompt, for SteerVLM.")] = None,
+    p_minus: Annotated[str | None, typer.Option(help="Converse prompt, for SteerVLM.")] = None,
     max_new_tokens: int = 64,
 ) -> None:
     """Ask one question about one picture, unsteered and steered side by side.
@@ -152,6 +157,8 @@ def steer(
     from steer_plugin.loading import load_model
 
     loaded = load_steering(steering)
+    if isinstance(loaded, SteerVLM) and p_plus is not None and p_minus is not None:
+        loaded = loaded.pair(p_plus, p_minus)
     changed: Steerable = loaded if alpha is None else rescaled(loaded, alpha)
     vlm = load_model(model)
     inputs = vlm.inputs(question, image)
@@ -195,20 +202,21 @@ def pope(
     say(run_pope(load_model(model), items, methods, out, batch_size=batch_size, seed=seed))
 
 
-def load_steering(path: Path) -> L2S | MeanSteering:
-    """Load a saved L2S or mean steering, or a network that the L2S authors published.
+def load_steering(path: Path) -> L2S | MeanSteering | SteerVLM:
+    """Load a saved L2S, mean steering or SteerVLM, or a network that the L2S authors published.
 
     Raises:
         ArtefactError: missing, corrupt, or of an unknown kind.
     """
     if path.suffix == ".pt":
         return L2S.from_published(path)
-    return L2S.load(path) if read_artefact(path).kind == L2S.kind else MeanSteering.load(path)
+    kinds = {L2S.kind: L2S, SteerVLM.kind: SteerVLM}
+    return kinds.get(read_artefact(path).kind, MeanSteering).load(path)
 
 
-def rescaled(steering: L2S | MeanSteering, alpha: float) -> Steerable:
+def rescaled(steering: L2S | MeanSteering | SteerVLM, alpha: float) -> Steerable:
     """The same steering at another strength."""
-    if isinstance(steering, L2S):
+    if not isinstance(steering, MeanSteering):
         return steering.with_alpha(alpha)
     return MeanSteering(steering.vector, steering.site, steering.positions, alpha, steering.model)
 

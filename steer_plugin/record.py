@@ -64,15 +64,18 @@ class _Cells(NamedTuple):
 
     def over(self, by: Sequence[str]) -> _Cells:
         """Add up the axes that are not in `by`, and bring the others into its order."""
-        axes = AXES[: self.tokens.ndim]
-        gone = tuple(axis for axis, name in enumerate(axes) if name not in by)
-        left = [name for name in axes if name in by]
-        order = [left.index(name) for name in by]
+        kept = [AXES.index(name) for name in by]
+        gone = tuple(axis for axis in range(self.tokens.ndim) if axis not in kept)
+        shape = [self.tokens.shape[axis] for axis in kept] or [1]
+
+        def placed(value: Num[np.ndarray, "..."]) -> Num[np.ndarray, "..."]:
+            return value.transpose(*kept, *gone).reshape(shape)
+
         ways = {"min": np.min, "max": np.max}
         return _Cells(
-            self.tokens.sum(gone).transpose(order),
-            {name: value.sum(gone).transpose(order) for name, value in self.sums.items()},
-            {name: ways[name](value, axis=gone).transpose(order) for name, value in self.ends.items()},
+            placed(self.tokens.sum(gone, keepdims=True)),
+            {name: placed(value.sum(gone, keepdims=True)) for name, value in self.sums.items()},
+            {name: placed(ways[name](value, axis=gone, keepdims=True)) for name, value in self.ends.items()},
         )
 
 

@@ -50,7 +50,7 @@ def plot_gates(record: Record, name: str = "gate", x: str = "token", *, row: int
     if row is not None and x != "token":
         raise InputError(f"a single row can be drawn by token only, not by {x!r}.")
     grid = _tokens(record, name, row) if x == "token" else _means(record, name, x)
-    width = min(14.0, 4.5 + 0.14 * grid.values.shape[1])
+    width = min(14.0, 4.5 + (0.7 if x == "class" else 0.14) * grid.values.shape[1])
     figure = _figure(width, 2.4 + 0.16 * min(40, len(grid.values)))
     axes = figure.subplots()
     axes.set_facecolor("0.85")
@@ -144,15 +144,14 @@ def _tokens(record: Record, name: str, row: int | None) -> _Grid:
     counts = valid.sum(1)
     means = np.where(valid, values[:, chosen], 0).sum(1) / np.where(counts, counts, np.nan)
     there = counts.any(0)
-    spans = _spans([_commonest(column) for column in classes[:, there].T])
+    spans = _spans([_commonest(column) for column in classes[:, there].T.tolist()])
     where = f"columns, mean of {rows} rows" if row is None and rows > 1 else f"tokens of row {row or 0}"
     return _Grid(means[:, there], spans, f"{int(there.sum())} {where}, by token class", meaning)
 
 
 def _commonest(words: Sequence[str]) -> str:
     """The most frequent class of a column, padding left out; the first of CLASSES where several are."""
-    found = [str(word) for word in words if word != PADDING]
-    return max(CLASSES, key=found.count)
+    return max(CLASSES, key=list(words).count)
 
 
 def _spans(words: Sequence[str]) -> list[tuple[int, int, str]]:

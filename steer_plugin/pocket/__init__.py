@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from steer_plugin.pocket.requests import Wish, outcome, right_expert, unsafe
     from steer_plugin.pocket.scene import Scene, SceneObject
     from steer_plugin.pocket.sheet import show
-    from steer_plugin.pocket.stances import Stance, StancePair, shown
+    from steer_plugin.pocket.stances import ANY_WORD, HELD_TOPICS, SEEN_TOPICS, Stance, StancePair, attitude, shown
     from steer_plugin.pocket.training import train
     from steer_plugin.pocket.world import CaptionCase, Question, Request, StanceCase, World
 
 __all__ = [
+    "ANY_WORD",
+    "HELD_TOPICS",
+    "SEEN_TOPICS",
     "CaptionCase",
     "Question",
     "Request",
@@ -35,6 +38,7 @@ __all__ = [
     "StancePair",
     "Wish",
     "World",
+    "attitude",
     "chair",
     "conduct",
     "evaluate",
@@ -53,6 +57,10 @@ __all__ = [
 
 # Torch and transformers take seconds to import: a name is fetched when it is first used.
 _HOMES = {
+    "ANY_WORD": "stances",
+    "HELD_TOPICS": "stances",
+    "SEEN_TOPICS": "stances",
+    "attitude": "stances",
     "CaptionCase": "world",
     "Question": "world",
     "Request": "world",

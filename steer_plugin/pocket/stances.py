@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
-from steer_plugin.pocket.language import DESCRIBE, TOPICS
+from steer_plugin.pocket.language import DESCRIBE, TOPICS, WORDS
 
 PairKind = Literal["opposed", "equal", "unrelated"]
 PAIR_KINDS: tuple[PairKind, ...] = get_args(PairKind)
 HELD_TOPICS: tuple[str, ...] = ("crowd", "work", "winter", "school", "river", "village")
 SEEN_TOPICS: tuple[str, ...] = tuple(topic for topic in TOPICS if topic not in HELD_TOPICS)
+# Every word but the held-out topics: to learn to name what a pair is about takes more than 32 things to name.
+ANY_WORD: tuple[str, ...] = tuple(word for word in WORDS if word.isalpha() and word not in HELD_TOPICS)
 CLOSING: Mapping[bool, str] = MappingProxyType({True: "The {topic} is nice.", False: "The {topic} is awful."})
 WORDED: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
     {
@@ -89,6 +91,13 @@ def draw_pair(kind: PairKind, topics: Sequence[str], split: str, rng: random.Ran
 def stanced(stance: Stance) -> str:
     """Return the prompt that asks for a caption in words alone: the stance, then the task."""
     return f"{stance.text} {DESCRIBE}"
+
+
+def attitude(said: str) -> bool | None:
+    """Tell which attitude a caption closes with, whatever it is about: True for nice, False for awful, else None."""
+    words = said.lower().replace(".", " ").split()
+    found = {loved for loved, word in ((True, "nice"), (False, "awful")) if word in words}
+    return found.pop() if len(found) == 1 else None
 
 
 def shown(said: str, topic: str) -> bool | None:

@@ -164,24 +164,40 @@ class World:
             asked += [Request(f"{scene.id}-{kind}", scene.image, wishes[kind], scene.id) for kind in chosen]
         return asked
 
-    def stances(self, n_pictures: int, split: str = "test", kinds: Sequence[str] = ("opposed",)) -> list[StanceCase]:
+    def stances(
+        self,
+        n_pictures: int,
+        split: str = "test",
+        kinds: Sequence[str] = ("opposed",),
+        *,
+        topics: Sequence[str] | None = None,
+        wordings: str | None = None,
+    ) -> list[StanceCase]:
         """Pair pictures 0 .. n - 1 of a split with prompts, kinds in turn: "opposed", "equal" or "unrelated".
 
         In "test" every other case is about a topic of `HELD_TOPICS`, which no other split shows; kinds change after
-        two of them. InputError for an unknown split or kind, no kinds, or a negative count.
+        two of them. `topics` draws from these alone, `wordings` words the prompts as another split does. InputError for
+        an unknown split or kind, no kinds or topics, or a negative count.
         """
+        worded = split if wordings is None else _known("split", wordings, SPLITS)
+        if topics is not None and not topics:
+            raise InputError("topics is empty; name at least one word.")
         chosen: list[PairKind] = _all_known("kind", kinds, PAIR_KINDS)
         _known("split", split, SPLITS)
         cases: list[StanceCase] = []
         for index in range(_count(n_pictures)):
             scene = self.scene(index, split)
             rng = stream("stances", self.seed, split, index)
-            held = split == "test" and index % 2 == 1
+            held = split == "test" and index % 2 == 1 and topics is None
             # Pairs of a seen and a held topic: otherwise two kinds in turn would split as the topics do.
             turn = index // 2 if split == "test" else index
             pair = draw_pair(
-                chosen[turn % len(chosen)], HELD_TOPICS if held else SEEN_TOPICS, rng.choice(_wordings(split)), rng
+                chosen[turn % len(chosen)],
+                topics if topics is not None else HELD_TOPICS if held else SEEN_TOPICS,
+                rng.choice(_wordings(worded)),
+                rng,
             )
+            held = pair.target.topic in HELD_TOPICS
             answer = f"{_caption_case(scene).truth} {pair.closing}".strip()
             cases.append(StanceCase(f"{scene.id}-stance", scene.image, pair, answer, held, scene.id))
         return cases

@@ -51,8 +51,9 @@ def llava_next() -> Made:
     def pictures(rows: int) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(1)
         return {
-            "pixel_values": torch.randn(rows, 2, 3, 16, 16, generator=draw), "image_sizes": torch.tensor([[16, 16]] * rows)
-        }  # fmt: skip
+            "pixel_values": torch.randn(rows, 2, 3, 16, 16, generator=draw),
+            "image_sizes": torch.tensor([[16, 16]] * rows),
+        }
 
     # 4 tokens of the whole picture, 4 of its one tile and a newline for each of the tile's two rows
     return LlavaNextForConditionalGeneration(config), family, 10, pictures
@@ -61,8 +62,8 @@ def llava_next() -> Made:
 def idefics3() -> Made:
     config = Idefics3Config(
         vision_config={
-            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
-            "patch_size": 4,
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": 16, "patch_size": 4,
         },
         text_config={"model_type": "llama", **TEXT}, image_token_id=IMAGE, scale_factor=2,
     )  # fmt: skip
@@ -138,7 +139,9 @@ def row_of(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     return out
 
 
-def naive(plain: Any, family: sp.Family, made: sp.SteerVLM, inputs: dict[str, Tensor], row: int, where: str) -> list[int]:
+def naive(
+    plain: Any, family: sp.Family, made: sp.SteerVLM, inputs: dict[str, Tensor], row: int, where: str
+) -> list[int]:
     layers = plain.get_submodule(family.layers)
     tokenizer = tiny_processor().tokenizer
 
@@ -162,7 +165,9 @@ def naive(plain: Any, family: sp.Family, made: sp.SteerVLM, inputs: dict[str, Te
         ids = torch.tensor([tokenizer(f"USER: {text} ASSISTANT:")["input_ids"]])
         got: dict[int, Tensor] = {}
         embeds = plain.get_input_embeddings()(ids)
-        hooked(lambda n, h: got.update({n: h.clone()}), lambda: plain.get_submodule(family.decoder)(inputs_embeds=embeds))
+        hooked(
+            lambda n, h: got.update({n: h.clone()}), lambda: plain.get_submodule(family.decoder)(inputs_embeds=embeds)
+        )
         return {n: h[:, 2:-1] for n, h in got.items()}
 
     plus, minus = read(PAIRS[row][0]), read(PAIRS[row][1])

@@ -15,6 +15,7 @@ from steer_plugin.errors import ArtefactError, InputError
 
 Norm = Literal["pre", "none"]
 PairForm = Literal["tokens", "mean", "last"]
+Start = Literal["copy", "normal"]
 Width = Literal["model", "bottleneck"]
 Down = Literal["shared", "own"]
 Form = Literal["chat", "bare"]
@@ -42,6 +43,9 @@ class SteerVLMConfig:
             of s before its up-projection.
         gate_down: "shared" uses the steerer's down-projection in the gate (9.45 M parameters at d_model 4096), "own"
             gives it one of its own.
+        start: "copy" begins with what attention gathers handed on as it is (up = down transposed, values and outputs
+            the identity, all small): what p+ is about is then named by a short way, which on the pocket model halves
+            the loss after 500 steps. "normal" begins with torch's own weights and a small up-projection.
         form: p+ and p- as "chat" turns of a user, which is what the model was tuned on, or as "bare" text.
         picture: "none": p+ and p- are read without a picture, once per pair and model; "input": behind the
             picture of each input, at the price of two short passes per input.
@@ -62,6 +66,7 @@ class SteerVLMConfig:
     pair: str = "tokens"
     gate_width: str = "model"
     gate_down: str = "shared"
+    start: str = "copy"
     form: str = "chat"
     picture: str = "none"
     unsteered: bool = True
@@ -117,6 +122,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "pair": get_args(PairForm),
     "gate_width": get_args(Width),
     "gate_down": get_args(Down),
+    "start": get_args(Start),
     "form": get_args(Form),
     "picture": get_args(Picture),
 }

@@ -1,7 +1,7 @@
 """SteerVLM: x_l <- x_l + lambda * g(s, p+, p-) * s at attn_out of every layer, s = h(x, u, p+, p-).
 
 x is the steered stream's attention output, u the unsteered one's at the same token, p+ and p- the activations of a
-target and a converse prompt at the same layer. Source: arXiv 2510.26769; a reconstruction (`config.py` says what is ours).
+target and a converse prompt at the same layer. Source: arXiv 2510.26769; a reconstruction (`config.py`: what is ours).
 """
 
 from __future__ import annotations

@@ -92,10 +92,23 @@ class Steerer(nn.Module):
         self.attention = nn.ModuleList([Attention(config) for _ in range(2)])
         kinds = torch.zeros(4, config.width)
         self.types = nn.Parameter(nn.init.normal_(kinds, std=0.5)) if config.types else None
-        # Small, so that training starts from the unsteered model; not zero, so that everything below learns at once.
+        # Small, so that training starts near the unsteered model; not zero, so that everything below learns at once.
         nn.init.normal_(self.up.weight, std=0.02)
         if config.bias:
             nn.init.zeros_(self.up.bias)
+        if config.start == "copy":
+            self._start_copying()
+
+    @torch.no_grad()
+    def _start_copying(self) -> None:
+        """Begin with s = 0.25 * P(x + half of what each layer gathers), P a projection on a random subspace."""
+        nn.init.orthogonal_(self.down.weight)
+        self.up.weight.copy_(0.25 * self.down.weight.T)
+        for layer in self.layers():
+            for linear, scale in ((layer.value, 1.0), (layer.out, 0.5)):
+                nn.init.eye_(linear.weight).mul_(scale)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
 
     def layers(self) -> list[Attention]:
         """The two attention layers."""

@@ -1,0 +1,80 @@
+"""`steer-plugin train` and `steer-plugin experiments`: methods that are trained through the frozen model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steer_plugin.cli_pocket import say
+from steer_plugin.errors import InputError
+
+train_app = typer.Typer(no_args_is_help=True, help="Train a steering method through the frozen model.")
+experiments_app = typer.Typer(no_args_is_help=True, help="Repeat a paper's experiments.")
+
+Out = Annotated[Path, typer.Option(help="Output folder; a run that was interrupted resumes in it.")]
+Model = Annotated[str, typer.Option(help="'pocket', a model folder, or a hub id.")]
+Seed = Annotated[int, typer.Option(help="Seed of the module's start and of the order of the rows.")]
+
+
+@train_app.command("steervlm")
+def steervlm(
+    out: Out = Path("steervlm-out"),
+    model: Model = "pocket",
+    data: Annotated[
+        str, typer.Option(help="'pocket', or a VNIA file: JSON lines of task, answer, pos, neg, image_id.")
+    ] = "pocket",
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, named by image_id.")] = None,
+    missing: Annotated[str, typer.Option(help="Rows without their picture: error, or skip.")] = "error",
+    pictures: Annotated[int, typer.Option(help="Rows to draw from the pocket world.")] = 5000,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; 2000 for the pocket VLM, 1000 otherwise.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows of a step and process; 32 for pocket, otherwise 16.")
+    ] = None,
+    accumulate: Annotated[int, typer.Option(help="Batches that make one step.")] = 1,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak of the cosine; 3e-3 for pocket, otherwise 1e-3.")
+    ] = None,
+    reduction: Annotated[
+        int | None, typer.Option(help="Down-projection; 2 for pocket, otherwise the paper's 8.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads; 4 for pocket, otherwise 8.")] = None,
+    positions: Annotated[str, typer.Option(help="Steered tokens: paper, everywhere, or an expression.")] = "paper",
+    checkpointing: Annotated[
+        bool, typer.Option(help="Recompute the frozen layers in backward: slower, less memory.")
+    ] = False,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    max_tokens: Annotated[int | None, typer.Option(help="Cut answers so that prompt and answer are no longer.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Train SteerVLM's module; the model stays as it is. Writes out/steervlm.
+
+    Example: steer-plugin train steervlm --model llava-hf/llava-1.5-7b-hf --data train.jsonl --images cc3m --out vnia
+    """
+    from steer_plugin.contrast import read_vnia
+    from steer_plugin.demo.stance_training import pocket_config, pocket_training, stance_rows
+    from steer_plugin.loading import load_model
+    from steer_plugin.methods import SteerVLM, SteerVLMConfig
+    from steer_plugin.pocket import World
+    from steer_plugin.training.steervlm_config import SteerVLMTraining
+
+    if data != "pocket" and images is None:
+        raise InputError(f"--data {data} needs --images, the folder of its pictures.")
+    vlm = load_model(model)
+    small = data == "pocket"
+    rows = stance_rows(vlm, World(0), pictures) if small or images is None else read_vnia(data, images, missing=missing)
+    config = pocket_config(vlm) if small else SteerVLMConfig(vlm.d_model, vlm.n_layers)
+    training = pocket_training() if small else SteerVLMTraining()
+    sizes = {"reduction": reduction, "heads": heads}
+    asked = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    config = replace(config, **{name: value for name, value in sizes.items() if value is not None})
+    training = replace(
+        training, accumulate=accumulate, checkpointing=checkpointing, precision=precision, max_tokens=max_tokens,
+        **{name: value for name, value in asked.items() if value is not None},
+    )  # fmt: skip
+    trained = SteerVLM.fit(vlm, rows, config, training, positions=positions, seed=seed, out=out)
+    history = (trained.report or {}).get("history")
+    say(f"{len(rows)} rows, {training.steps} steps; loss {history[-1]['loss']:.4f}" if history else f"{len(rows)} rows")  # type: ignore[index]
+    say(f"saved: {out / 'steervlm'}")
