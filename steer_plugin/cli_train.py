@@ -78,3 +78,30 @@ def steervlm(
     history = (trained.report or {}).get("history")
     say(f"{len(rows)} rows, {training.steps} steps; loss {history[-1]['loss']:.4f}" if history else f"{len(rows)} rows")  # type: ignore[index]
     say(f"saved: {out / 'steervlm'}")
+
+
+@experiments_app.command("steervlm")
+def steervlm_experiments(
+    out: Out = Path("steervlm-experiments"),
+    pictures: Annotated[int, typer.Option(help="Pictures of each group of pairs.")] = 100,
+    module: Annotated[
+        Path | None, typer.Option(help="Folder of a module of yours; the packaged ones by default.")
+    ] = None,
+    figures: Annotated[bool, typer.Option(help="Draw the figures.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the pictures.")] = 0,
+) -> None:
+    """The paper's first experiments on the pocket VLM: methods, pair sensitivity, gates by task, ablations.
+
+    Example: steer-plugin experiments steervlm --out steervlm-experiments
+    """
+    from steer_plugin.demo.stance_experiments import StanceConfig, report_markdown, run_stances
+    from steer_plugin.demo.stance_figures import write_figures
+    from steer_plugin.methods import SteerVLM
+
+    modules = None if module is None else {"steervlm": SteerVLM.load(module)}
+    result = run_stances(out, StanceConfig(pictures=pictures, seed=seed), modules=modules)
+    say(report_markdown(result))
+    say(f"report: {out / 'report.md'}, {out / 'report.json'}")
+    if figures:
+        for path in write_figures(result, out):
+            say(f"figure: {path}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from steer_plugin.pocket.evaluation import evaluate, is_caption
     from steer_plugin.pocket.formats import export
     from steer_plugin.pocket.hallucination import chair, mentioned
-    from steer_plugin.pocket.model import load
+    from steer_plugin.pocket.model import load, trained
     from steer_plugin.pocket.repair import steerability
     from steer_plugin.pocket.requests import Wish, outcome, right_expert, unsafe
     from steer_plugin.pocket.scene import Scene, SceneObject
@@ -52,6 +52,7 @@ __all__ = [
     "shown",
     "steerability",
     "train",
+    "trained",
     "unsafe",
 ]
 
@@ -84,6 +85,7 @@ _HOMES = {
     "shown": "stances",
     "steerability": "repair",
     "train": "training",
+    "trained": "model",
     "unsafe": "requests",
 }
 

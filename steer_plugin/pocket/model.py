@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from steer_plugin.errors import ArtefactError
+from steer_plugin.errors import ArtefactError, InputError
 from steer_plugin.pocket.language import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, TOKENS, build_tokenizer
 from steer_plugin.pocket.scene import SIDE
 
@@ -142,6 +142,18 @@ def encode(processor: LlavaProcessor, images: Sequence[Image.Image], texts: Sequ
 def normalise(pixels: UInt8[Tensor, "batch side side 3"]) -> Float[Tensor, "batch 3 side side"]:
     """Turn bytes into what the processor makes of them: (x / 255 - 0.5) / 0.5, channels first."""
     return ((pixels.float() * (1 / 255) - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()
+
+
+def trained(name: str = "steervlm") -> Path:
+    """Return the folder of a steering trained on the packaged weights: "steervlm", "without_u", "without_gate".
+
+    Raises InputError for another name.
+    """
+    folder = WEIGHTS.parent / "steering" / name
+    if not folder.is_dir():
+        known = sorted(path.name for path in folder.parent.glob("*"))
+        raise InputError(f"no steering {name!r} ships with the pocket VLM; known: {', '.join(known)}.")
+    return folder
 
 
 def load(path: str | Path | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
