@@ -128,7 +128,7 @@ class ModelParts:
                         f"{here[key]!r}. Fit it again on this model."
                     )
             site = self.resolve(write.site)
-            self.family.point(site)
+            self._check_there(site)
             self.check_positions(site, write.positions)
             self._check_reaches(site)
             width = self.d_vision if site.in_vision and site.kind != "projector" else self.d_model
@@ -143,7 +143,18 @@ class ModelParts:
                         f"an intervention cannot read at {read.site}: generate encodes pictures before the forward "
                         "that is steered; read resid_pre(0) on 'image' instead."
                     )
-                self.family.point(self.resolve(read.site))
+                self._check_there(self.resolve(read.site))
+
+    def _check_there(self, site: Site) -> None:
+        """Refuse a place that the family's record names and this very model does not have."""
+        path, _ = self.family.point(site)
+        try:
+            self.root.get_submodule(path)
+        except AttributeError as error:
+            raise SiteError(
+                f"family {self.family.name!r} has no {str(site)!r} in this model: there is no module {path!r}. Write "
+                "at another site, or register the family with the right module names."
+            ) from error
 
     def _check_reaches(self, site: Site) -> None:
         """Vision layers behind the one whose features are taken change nothing."""

@@ -109,6 +109,10 @@ class SteeredModel(ABC):
             if outer is not None:
                 outer.paused = was_paused
 
+    def check_rows_may_ride(self) -> None:
+        """Refuse twins behind the batch where the framework would take them for the user's; called in a forward."""
+        return
+
     def inner(self, path: str) -> Callable[..., Any]:
         """A module of the root model, to be called so that the user's framework takes no notice."""
         return self.parts.root.get_submodule(path)
@@ -124,7 +128,7 @@ class SteeredModel(ABC):
         quiet = self._decoder if plainly else self.quiet
         install_asides(run, quiet)
         install_replay(run, quiet)
-        install_twins(run, quiet)
+        install_twins(run, quiet, self.check_rows_may_ride)
 
     # -- way 2: around any call ----------------------------------------------------------------------------------
 

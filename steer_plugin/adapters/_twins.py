@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
@@ -31,9 +32,10 @@ Kwargs = dict[str, object]
 class Twins:
     """Hooks on the decoder that let an unsteered stream ride along."""
 
-    def __init__(self, run: Run, quiet: Quiet) -> None:
+    def __init__(self, run: Run, quiet: Quiet, check: Callable[[], None]) -> None:
         self._run = weakref.ref(run)  # the run owns its twins: it must end when it is forgotten
         self.quiet = quiet
+        self.check = check
         self._prefix: Tensor | None = None
         self._doubled: weakref.WeakKeyDictionary[DynamicCache, int] = weakref.WeakKeyDictionary()
 
@@ -139,6 +141,7 @@ class Twins:
 
     def _with_rows(self, kwargs: Kwargs, rows: int, cache: DynamicCache | None) -> Kwargs:
         """Append the twins behind the batch: inputs now, the cache once."""
+        self.check()
         if cache is not None and cache not in self._doubled and cache.get_seq_length():
             cache.batch_select_indices(torch.arange(rows).repeat(2))
         if cache is not None and cache not in self._doubled:
@@ -175,10 +178,10 @@ class Twins:
         self._doubled.clear()
 
 
-def install_twins(run: Run, quiet: Quiet) -> None:
-    """Give a run its twins, if some write needs them."""
+def install_twins(run: Run, quiet: Quiet, check: Callable[[], None]) -> None:
+    """Give a run its twins, if some write needs them; `check` refuses where rows behind the batch would be misread."""
     if any(write.unsteered for write in run.writes):
-        Twins(run, quiet).install()
+        Twins(run, quiet, check).install()
 
 
 def _own_rows(value: object, rows: int) -> object:

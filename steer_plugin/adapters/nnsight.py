@@ -22,6 +22,7 @@ from steer_plugin.adapters._hooks import hooked
 from steer_plugin.adapters._parts import Framework
 from steer_plugin.adapters._replay import QuietCall
 from steer_plugin.adapters._run import Run
+from steer_plugin.errors import FrameworkError
 from steer_plugin.intervention import Steerable
 from steer_plugin.sites import Site
 
@@ -115,6 +116,19 @@ class NNsightAttached(AttachedModel):
         """Yield the decoder's envoy: called plainly it stands nnsight down, so no step of the user's is spent."""
         with hooked(self.ends, run):
             yield self.envoy.get(self.parts.family.decoder)
+
+    def check_rows_may_ride(self) -> None:
+        """Several data invokes: nnsight tells their rows apart by the size of the batch, which twins double.
+
+        Raises:
+            FrameworkError: more than one invoke has inputs.
+        """
+        batcher = self.envoy.interleaver.batcher
+        if batcher is not None and batcher.batching:
+            raise FrameworkError(
+                "steering with an unsteered twin takes one invoke with inputs: nnsight 0.8 cannot tell the rows of "
+                "several apart while twins ride behind them. Put the prompts into one batch, vlm.inputs([...])."
+            )
 
     def inner(self, path: str) -> Callable[..., Any]:
         """A module's envoy: called plainly it stands nnsight down."""

@@ -204,3 +204,15 @@ def test_equals_the_naive_two_passes(case, where: str):
     assert got[:, -5:].tolist() == [naive(plain, family, made, inputs, row, where) for row in range(2)]
     unsteered = vlm.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert not torch.equal(got, unsteered)
+
+
+def test_a_family_without_the_site(case):
+    """Layers without a self-attention of that name (as Mllama's cross-attention layers) are refused before any work."""
+    import dataclasses
+
+    model, _, inputs, family = case
+    sp.register_family(dataclasses.replace(family, attention="cross_attn"))
+    vlm = sp.attach(model, tiny_processor())
+    steering = sp.SteerVLM.new(sp.SteerVLMConfig(D, LAYERS, reduction=2, heads=4)).pair("w20", "w21")
+    with pytest.raises(sp.SiteError, match=r"has no 'attn_out\.0' in this model.*cross_attn"):
+        vlm.generate(**inputs, steering=steering, max_new_tokens=2)

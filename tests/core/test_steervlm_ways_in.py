@@ -242,3 +242,49 @@ def test_the_vector_algebra_holds(torch_vlm, inputs):
     nothing = torch_vlm.cache(inputs, "attn_out.0", "last_prompt", steering=STEER - STEER)[sp.attn_out(0)]
     torch.testing.assert_close(nothing, none, rtol=1e-4, atol=1e-4)
     assert draw(1).shape == (1,)
+
+
+def test_several_data_invokes_are_refused():
+    """nnsight tells invokes apart by the size of the batch, which riding twins double."""
+    from nnsight import TransformersModel
+    from PIL import Image
+
+    model = TransformersModel(tiny_llava(), task="image-text-to-text", processor=tiny_processor())
+    vlm = sp.attach(model)
+    chats = [
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": Image.new("RGB", (16, 16))}, {"type": "text", "text": t}],
+            }
+        ]
+        for t in ("w10 w11", "w12 w13")
+    ]
+    one = steervlm().pair("w20", "w21")
+    with (
+        pytest.raises(sp.FrameworkError, match="one invoke with inputs"),
+        vlm.steering(one) as steered,
+        steered.generate(max_new_tokens=3, do_sample=False) as tracer,
+    ):
+        with tracer.invoke(chats[0]):
+            steered.model.language_model.layers[0].output.save()
+        with tracer.invoke(chats[1]):
+            steered.model.language_model.layers[0].output.save()
+
+
+def test_hidden_states_asked_for_are_whole(torch_vlm, inputs):
+    """A late read replays one token, SteerVLM shares its prefix, unless the caller wants every token's states."""
+    kept: list[Tensor] = []
+
+    def delta(hidden: Tensor, context: sp.Context) -> Tensor:
+        kept.append(context.reads[0])
+        return context.reads[0][:, None]
+
+    reads = (sp.Read.at("resid_post.3", "last_prompt"),)
+    late = sp.Intervention((sp.Write(sp.resid_post(1), sp.Positions.parse("paper"), delta, reads=reads),))
+    for steering in (late, STEER):
+        with torch_vlm.steering(steering) as steered:
+            out = steered.generate(
+                **inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_hidden_states=True
+            )
+        assert {tuple(state.shape[:2]) for state in out.hidden_states[0]} == {(3, inputs["input_ids"].shape[1])}

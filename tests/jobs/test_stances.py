@@ -42,7 +42,12 @@ def test_counting_by_hand():
     cases: dict[str, tuple[float, float, float, int]] = {
         f"{true}. The {target.topic} is {word}.": (1, 0, 1, len(nouns)),
         f"{true}. The {target.topic} is {other}.": (0, 1, 0, len(nouns)),
-        f"{true}. The fog is {word}." if target.topic != "fog" else f"{true}. The ice is {word}.": (0, 0, 1, len(nouns)),
+        f"{true}. The fog is {word}." if target.topic != "fog" else f"{true}. The ice is {word}.": (
+            0,
+            0,
+            1,
+            len(nouns),
+        ),
         # a closing about a noun names nothing that was seen
         f"there is a sky. The {sorted(nouns)[0]} is {word}.": (0, 0, 1, 0),
         "": (0, 0, 0, 0),
