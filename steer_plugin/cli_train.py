@@ -28,7 +28,7 @@ def steervlm(
     ] = "pocket",
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures, named by image_id.")] = None,
     missing: Annotated[str, typer.Option(help="Rows without their picture: error, or skip.")] = "error",
-    pictures: Annotated[int, typer.Option(help="Rows to draw from the pocket world.")] = 5000,
+    pictures: Annotated[int, typer.Option(help="Pictures of the pocket world, with eight pairs each.")] = 2500,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; 2000 for the pocket VLM, 1000 otherwise.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Rows of a step and process; 32 for pocket, otherwise 16.")

@@ -3,7 +3,7 @@
 from steer_plugin.contrast.files import read_pairs
 from steer_plugin.contrast.mmsafety import mmsafety_pairs, mmsafety_split
 from steer_plugin.contrast.pair import ContrastivePair
-from steer_plugin.contrast.pocket import pocket_caption_pairs, pocket_pairs, pocket_request_pairs, pocket_rows
+from steer_plugin.contrast.pocket import pocket_caption_pairs, pocket_pairs, pocket_request_pairs
 from steer_plugin.contrast.pope import PopeQuestion, pope_pairs, pope_prompt, read_pope
 from steer_plugin.contrast.rows import SteeringRow
 from steer_plugin.contrast.vnia import read_vnia, vnia_pairs, vnia_prompts
@@ -17,7 +17,6 @@ __all__ = [
     "pocket_caption_pairs",
     "pocket_pairs",
     "pocket_request_pairs",
-    "pocket_rows",
     "pope_pairs",
     "pope_prompt",
     "read_pairs",

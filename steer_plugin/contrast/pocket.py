@@ -12,7 +12,6 @@ from typing import Protocol, runtime_checkable
 from PIL import Image
 
 from steer_plugin.contrast.pair import ContrastivePair
-from steer_plugin.contrast.rows import SteeringRow
 
 YES, NO = "yes", "no"
 
@@ -34,56 +33,6 @@ class PocketAsked(Protocol):
     @property
     def text(self) -> str:
         """What the user says."""
-        ...
-
-
-@runtime_checkable
-class PocketStance(Protocol):
-    """A prompt that loves or hates something."""
-
-    @property
-    def text(self) -> str:
-        """The prompt."""
-        ...
-
-
-@runtime_checkable
-class PocketStances(Protocol):
-    """A target and a converse stance."""
-
-    @property
-    def target(self) -> PocketStance:
-        """What is wanted."""
-        ...
-
-    @property
-    def converse(self) -> PocketStance:
-        """What is not."""
-        ...
-
-
-@runtime_checkable
-class PocketStanceCase(Protocol):
-    """What a training row needs of a picture with a pair of stances."""
-
-    @property
-    def id(self) -> str:
-        """The case's name."""
-        ...
-
-    @property
-    def image(self) -> Image.Image:
-        """The drawn picture."""
-        ...
-
-    @property
-    def pair(self) -> PocketStances:
-        """Target and converse."""
-        ...
-
-    @property
-    def answer(self) -> str:
-        """The caption that the pair asks for."""
         ...
 
 
@@ -210,12 +159,4 @@ def pocket_pairs(questions: Iterable[PocketQuestion]) -> list[ContrastivePair]:
             label=question.label,
         )
         for question in questions
-    ]
-
-
-def pocket_rows(cases: Sequence[PocketStanceCase], task: str) -> list[SteeringRow]:
-    """Turn stance cases into training rows of SteerVLM; `task` is what the pocket VLM is asked for a caption."""
-    return [
-        SteeringRow(case.id, case.image, task, case.pair.target.text, case.pair.converse.text, case.answer)
-        for case in cases
     ]

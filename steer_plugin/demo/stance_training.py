@@ -7,18 +7,20 @@ unrelated ones for that of p+, so that neither prompt alone tells what to do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from steer_plugin.adapters import AttachedModel
-from steer_plugin.contrast import SteeringRow, pocket_rows
+from steer_plugin.contrast import SteeringRow
+from steer_plugin.demo.stances import TOKENS, StanceItem
 from steer_plugin.evaluation.asking import Method, answers
 from steer_plugin.methods import SteerVLMConfig
 from steer_plugin.pocket import ANY_WORD, SEEN_TOPICS, World
 from steer_plugin.pocket.language import DESCRIBE
+from steer_plugin.pocket.stances import PairKind, draw_pair
+from steer_plugin.pocket.streams import stream
 from steer_plugin.training.steervlm_config import SteerVLMTraining
 
-KINDS = ("opposed", "opposed", "opposed", "equal", "unrelated")
+KINDS: tuple[PairKind, ...] = ("opposed", "opposed", "opposed", "equal", "unrelated")
 # Words as such, and the topics that the model heard in training as often again.
 TOPICS: tuple[str, ...] = (*ANY_WORD, *SEEN_TOPICS, *SEEN_TOPICS)
 
@@ -33,24 +35,24 @@ def pocket_config(vlm: AttachedModel, **choices: object) -> SteerVLMConfig:
 
 def pocket_training(steps: int = 2000) -> SteerVLMTraining:
     """Hyper-parameters for the pocket VLM."""
-    return SteerVLMTraining(steps=steps, batch_size=32, learning_rate=3e-3, warmup=0.03, save_every=200, log_every=50)
+    return SteerVLMTraining(
+        steps=steps, batch_size=32, learning_rate=3e-3, warmup=0.03, save_every=200, log_every=50, closed=True
+    )
 
 
-def stance_rows(vlm: AttachedModel, world: World, pictures: int, progress: bool = True) -> list[SteeringRow]:
-    """Draw training rows: the model's own caption of each picture, and the closing that its pair asks for."""
-    from steer_plugin.demo.stances import TOKENS, StanceItem
-
-    cases = world.stances(pictures, "train", KINDS, topics=TOPICS)
+def stance_rows(
+    vlm: AttachedModel, world: World, pictures: int, pairs: int = 8, progress: bool = True
+) -> list[SteeringRow]:
+    """Draw training rows: the model's own caption of each picture, with several pairs and the closings they ask for."""
+    cases = world.stances(pictures, "train")
     items = [StanceItem(case, "rows") for case in cases]
     own = answers(vlm, items, Method("own captions"), batch_size=64, max_new_tokens=TOKENS, progress=progress)
-    captions = [own[item.key].rstrip(". ") + "." for item in items]
-    rows = pocket_rows(cases, DESCRIBE)
-    return [
-        replace(row, answer=f"{caption} {case.pair.closing}".strip())
-        for row, case, caption in zip(rows, cases, captions, strict=True)
-    ]
-
-
-def seeds_of(first: int, count: int) -> Sequence[int]:
-    """Seeds of several trainings."""
-    return range(first, first + count)
+    rows: list[SteeringRow] = []
+    for number, (case, item) in enumerate(zip(cases, items, strict=True)):
+        rng = stream("steering rows", world.seed, number)
+        for turn in range(pairs):
+            pair = draw_pair(KINDS[(number * pairs + turn) % len(KINDS)], TOPICS, "train", rng)
+            answer = f"{own[item.key].rstrip('. ')}. {pair.closing}".strip()
+            name = f"{case.scene_id}-{turn}"
+            rows.append(SteeringRow(name, case.image, DESCRIBE, pair.target.text, pair.converse.text, answer))
+    return rows

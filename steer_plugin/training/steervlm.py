@@ -66,13 +66,17 @@ def train_steervlm(
         stack.callback(thawed, vlm, frozen(vlm))
         steering.module.requires_grad_(True).train()
         stack.callback(lambda: steering.module.requires_grad_(False).eval())
-        trainee = Trainee(vlm, steering.with_alpha(chosen.alpha), checkpointing=chosen.checkpointing)
+        collator = Collator(vlm, chosen.max_tokens)
+        trainee = Trainee(
+            vlm, steering.with_alpha(chosen.alpha), checkpointing=chosen.checkpointing,
+            vocabulary=collator.vocabulary(rows) if chosen.closed else None,
+        )  # fmt: skip
         stack.callback(trainee.close)
         trainer = Trainer(
             model=trainee,
             args=_arguments(folder, chosen, seed, vlm.device, progress=progress),
             train_dataset=_Rows(rows),
-            data_collator=cast("Any", Collator(vlm, chosen.max_tokens)),
+            data_collator=cast("Any", collator),
         )
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         history = [entry for entry in trainer.state.log_history if "loss" in entry]

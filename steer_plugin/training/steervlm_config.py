@@ -24,6 +24,8 @@ class SteerVLMTraining:
         checkpointing: recompute the frozen layers in backward instead of keeping their activations.
         precision: "no", or autocast to "bf16" or "fp16".
         save_every, log_every: steps between checkpoints, and between entries of the report.
+        closed: score answers among the tokens that occur in some training answer. Otherwise a word that never does is
+            pushed down in every row, and a module cannot name later what it was never taught to name.
         max_tokens: prompt and answer together; longer answers are cut. None: as long as the model's context.
 
     Raises:
@@ -42,6 +44,7 @@ class SteerVLMTraining:
     precision: str = "no"
     save_every: int = 100
     log_every: int = 10
+    closed: bool = False
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:

@@ -51,6 +51,11 @@ class Collator:
         eos = cast("Any", self.vlm.processor).tokenizer.eos_token_id
         return ids if eos is None else [*ids, int(eos)]
 
+    def vocabulary(self, rows: Sequence[SteeringRow]) -> Int[Tensor, " token"]:
+        """Tokens that occur in some answer."""
+        distinct = {(row.task, row.answer): row for row in rows}
+        return torch.tensor(sorted({token for row in distinct.values() for token in self.answer(row)}))
+
     def __call__(self, rows: Sequence[SteeringRow]) -> dict[str, object]:
         """Build the batch; raises InputError for a row whose prompt leaves no room for an answer."""
         processor = self.vlm.processor
@@ -91,9 +96,17 @@ class Collator:
 class Trainee(nn.Module):
     """The module as the only child: neither optimiser nor checkpoint holds the frozen model."""
 
-    def __init__(self, vlm: AttachedModel, steering: SteerVLM, *, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        vlm: AttachedModel,
+        steering: SteerVLM,
+        *,
+        checkpointing: bool = False,
+        vocabulary: Int[Tensor, " token"] | None = None,
+    ) -> None:
         super().__init__()
         self.module = steering.module
+        self._vocabulary = vocabulary  # tokens to score among; None: all
         self._held = (vlm, steering.with_positions(while_training(steering.positions)), checkpointing)
         self._open = ExitStack()
 
@@ -116,9 +129,13 @@ class Trainee(nn.Module):
         # Recomputed layers drop the cache, so the prompt cannot be shared then.
         cached = {"use_cache": False} if checkpointing else {"past_key_values": DynamicCache(config=_text(root))}
         logits = root(**inputs, **cached, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
-        labels = labels.to(logits.device)
+        labels, logits = labels.to(logits.device), logits.float()
+        if self._vocabulary is not None:
+            known = torch.full_like(logits[0, 0], -torch.inf)
+            known[self._vocabulary] = 0.0
+            logits = logits + known
         total = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}

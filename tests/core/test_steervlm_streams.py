@@ -117,6 +117,29 @@ def test_lambda_by_row_and_rows_by_themselves(vlm, inputs, where: str):
         assert got[row, -6:].tolist() == alone[0, -6:].tolist()
 
 
+@pytest.mark.parametrize("where,rows", [("paper", 6), ("generated", 6), ("last_prompt", 3), ("prompt", 3)])
+def test_twins_ride_only_where_they_are_needed(torch_vlm, plain, inputs, where: str, rows: int):
+    """Rows of the layers while decoding; the head never sees a twin."""
+    seen: dict[str, list[int]] = {"layer": [], "head": []}
+    root = torch_vlm.root
+    handles = [
+        module.register_forward_hook(
+            lambda m, a, o, name=name: seen[name].append((o if torch.is_tensor(o) else o[0]).shape[0])
+        )
+        for name, module in (("layer", root.model.language_model.layers[3]), ("head", root.lm_head))
+    ]
+    try:
+        got = torch_vlm.generate(**inputs, steering=bound(where), max_new_tokens=4, do_sample=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen["layer"][-3:] == [rows] * 3
+    assert set(seen["head"]) == {3}
+    if where in ("last_prompt", "prompt"):
+        naive = Naive(plain, torch_vlm, STEER, PAIRS)
+        assert got[:, -4:].tolist() == [naive.generate(inputs, row, where, 4) for row in range(3)]
+
+
 def test_row_of_lambda_0_is_untouched_to_the_bit(vlm, inputs):
     recorder, other = Recorder(), Recorder()
     vlm.generate(

@@ -122,7 +122,7 @@ def test_train_on_the_command_line(tmp_path: Path):
         app, ["train", "steervlm", "--out", str(tmp_path), "--pictures", "8", "--steps", "2", "--batch-size", "4"]
     )
     assert result.exit_code == 0, result.output
-    assert sp.SteerVLM.load(tmp_path / "steervlm").report["rows"] == 8
+    assert sp.SteerVLM.load(tmp_path / "steervlm").report["rows"] == 64
 
 
 def rates(bench: Bench, method: str, items: list[StanceItem], **where: Any) -> dict[str, dict[str, float]]:
