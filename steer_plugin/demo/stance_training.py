@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from steer_plugin.adapters import AttachedModel
 from steer_plugin.contrast import SteeringRow
-from steer_plugin.demo.stances import TOKENS, StanceItem
+from steer_plugin.demo.stances import FRESH_TOPICS, TOKENS, TRAINED_TOPICS, StanceItem
 from steer_plugin.evaluation.asking import Method, answers
 from steer_plugin.methods import SteerVLMConfig
-from steer_plugin.pocket import ANY_WORD, SEEN_TOPICS, World
+from steer_plugin.pocket import ANY_WORD, World
 from steer_plugin.pocket.language import DESCRIBE
 from steer_plugin.pocket.stances import PairKind, draw_pair
 from steer_plugin.pocket.streams import stream
@@ -22,7 +22,7 @@ from steer_plugin.training.steervlm_config import SteerVLMTraining
 
 KINDS: tuple[PairKind, ...] = ("opposed", "opposed", "opposed", "equal", "unrelated")
 # Words as such, and the topics that the model heard in training as often again.
-TOPICS: tuple[str, ...] = (*ANY_WORD, *SEEN_TOPICS, *SEEN_TOPICS)
+TOPICS: tuple[str, ...] = (*(word for word in ANY_WORD if word not in FRESH_TOPICS), *TRAINED_TOPICS, *TRAINED_TOPICS)
 
 
 def pocket_config(vlm: AttachedModel, **choices: object) -> SteerVLMConfig:

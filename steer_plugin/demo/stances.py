@@ -5,8 +5,8 @@
     attitude  share with the target's attitude, whatever they are about
     recall    true nouns named / true nouns;  kept = recall less that of the unsteered captions
 
-Groups: pairs as in training on new pictures ("trained"), topics that no training pair was about ("held topics"),
-wordings that none had ("held wordings"), and both.
+Groups: pairs as in training on new pictures ("trained"), topics that no training pair was about ("held topics", and
+"fresh topics", which played no part in the choice of the recipe), wordings that none had ("held wordings"), and both.
 """
 
 from __future__ import annotations
@@ -33,10 +33,14 @@ from steer_plugin.pocket.language import DESCRIBE
 from steer_plugin.pocket.stances import stanced
 from steer_plugin.sites import resid_post
 
+# Held out of the packaged module's training too, and not looked at before its recipe was settled.
+FRESH_TOPICS: tuple[str, ...] = ("fog", "garden", "music", "sport", "dust", "mountain")
+TRAINED_TOPICS: tuple[str, ...] = tuple(topic for topic in SEEN_TOPICS if topic not in FRESH_TOPICS)
 GROUPS: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "trained": (SEEN_TOPICS, "train"),
+    "trained": (TRAINED_TOPICS, "train"),
     "held topics": (HELD_TOPICS, "train"),
-    "held wordings": (SEEN_TOPICS, "test"),
+    "fresh topics": (FRESH_TOPICS, "train"),
+    "held wordings": (TRAINED_TOPICS, "test"),
     "both held": (HELD_TOPICS, "test"),
 }
 METRICS = ("target", "converse", "attitude", "recall")

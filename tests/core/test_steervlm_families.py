@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from _naive import naive_tokens
 from _tiny import tiny_processor
 from torch import Tensor, nn
 from transformers import (
@@ -128,6 +129,15 @@ def case(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any, dict[str, T
     families._registry.by_type = before
 
 
+def naive(
+    plain: Any, family: sp.Family, made: sp.SteerVLM, inputs: dict[str, Tensor], row: int, where: str
+) -> list[int]:
+    tokenizer = tiny_processor().tokenizer
+    spelled = [(tokenizer(f"USER: {text} ASSISTANT:")["input_ids"], slice(2, -1)) for text in PAIRS[row]]
+    one = row_of(inputs, row)
+    return naive_tokens(plain, family.decoder, family.layers, made.module, spelled, one, where, 5, (0, IMAGE, 60))
+
+
 def row_of(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     real = inputs["attention_mask"][row].bool()
     out = {}
@@ -137,59 +147,6 @@ def row_of(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
         else:
             out[name] = value.chunk(2)[row]
     return out
-
-
-def naive(
-    plain: Any, family: sp.Family, made: sp.SteerVLM, inputs: dict[str, Tensor], row: int, where: str
-) -> list[int]:
-    layers = plain.get_submodule(family.layers)
-    tokenizer = tiny_processor().tokenizer
-
-    def hooked(act: Callable[[int, Tensor], Tensor | None], run: Callable[[], Any]) -> Any:
-        def hook(number: int) -> Callable[..., Any]:
-            def inner(module: Any, args: Any, output: Any) -> Any:
-                new = act(number, output[0])
-                return output if new is None else (new, *output[1:])
-
-            return inner
-
-        handles = [layer.self_attn.register_forward_hook(hook(n)) for n, layer in enumerate(layers)]
-        try:
-            with torch.no_grad():
-                return run()
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def read(text: str) -> dict[int, Tensor]:
-        ids = torch.tensor([tokenizer(f"USER: {text} ASSISTANT:")["input_ids"]])
-        got: dict[int, Tensor] = {}
-        embeds = plain.get_input_embeddings()(ids)
-        hooked(
-            lambda n, h: got.update({n: h.clone()}), lambda: plain.get_submodule(family.decoder)(inputs_embeds=embeds)
-        )
-        return {n: h[:, 2:-1] for n, h in got.items()}
-
-    plus, minus = read(PAIRS[row][0]), read(PAIRS[row][1])
-    one = row_of(inputs, row)
-    width, said = one["input_ids"].shape[1], []
-    for _ in range(5):
-        u: dict[int, Tensor] = {}
-        hooked(lambda n, h, u=u: u.update({n: h.clone()}), lambda: plain(**one, use_cache=False))
-
-        def steer(n: int, h: Tensor, u: dict[int, Tensor] = u) -> Tensor:
-            real = [torch.ones(side[n].shape[:2], dtype=torch.bool) for side in (plus, minus)]
-            new = h + made.module(h, u[n], made.module.remember(plus[n], real[0], minus[n], real[1]))[2]
-            return new if where == "everywhere" else torch.cat([h[:, : width - 1], new[:, width - 1 :]], 1)
-
-        scores = hooked(steer, lambda: plain(**one, use_cache=False)).logits[0, -1]
-        scores[[0, IMAGE, 60]] = -torch.inf
-        said.append(int(scores.argmax()))
-        one["input_ids"] = torch.cat([one["input_ids"], torch.tensor([[said[-1]]])], 1)
-        one["attention_mask"] = torch.ones_like(one["input_ids"])
-        if "mm_token_type_ids" in one:
-            one["mm_token_type_ids"] = (one["input_ids"] == IMAGE).int()
-    return said
 
 
 @pytest.mark.parametrize("where", ["last_prompt|generated", "everywhere"])

@@ -8,13 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from _naive import naive_tokens
 from typer.testing import CliRunner
 
 import steer_plugin as sp
 from steer_plugin.cli import app
 from steer_plugin.demo.bench import Bench
 from steer_plugin.demo.stance_experiments import StanceConfig, packaged, run_stances
-from steer_plugin.demo.stances import GROUPS, TOKENS, StanceItem, StanceMethods, counted, described, stance_items
+from steer_plugin.demo.stance_training import TOPICS
+from steer_plugin.demo.stances import (
+    FRESH_TOPICS,
+    GROUPS,
+    TOKENS,
+    StanceItem,
+    StanceMethods,
+    counted,
+    described,
+    stance_items,
+)
 from steer_plugin.pocket import HELD_TOPICS, SEEN_TOPICS
 
 
@@ -31,6 +42,8 @@ def test_groups_hold_out_what_they_say():
         assert {stance.topic for stance in found} <= set(topics)
         assert ("really" in " ".join(stance.text for stance in found)) == (wordings == "train")
     assert not set(SEEN_TOPICS) & set(HELD_TOPICS)
+    held = {*HELD_TOPICS, *FRESH_TOPICS}
+    assert not held & set(TOPICS)
     assert len({item.key for item in items}) == len(items)
 
 
@@ -82,6 +95,49 @@ def test_actadd_is_the_difference_of_two_bare_prompts(bench: Bench):
             out = model(input_ids=ids, output_hidden_states=True)
         ends.append(torch.stack([state[0, -2] for state in out.hidden_states[1:-1]]))
     torch.testing.assert_close(found[:-1], ends[0] - ends[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["paper", "everywhere"])
+def test_equals_the_naive_two_passes_on_the_pocket_model(bench: Bench, where: str):
+    """Trained module, real captions, prompts of different length in one batch."""
+    plain, processor = sp.pocket.load()
+    steering = packaged()["steervlm"].with_positions(where)
+    pairs = [
+        ("I love the rain.", "I hate the rain."),
+        ("We fear the dark.", "We enjoy the dark."),
+        ("I adore ice.",) * 2,
+    ]
+    scenes = [bench.world.scene(index) for index in range(3)]
+    prompts = ["Describe the image.", "Be careful. Describe the image.", "Describe the image."]
+    inputs = bench.vlm.inputs(prompts, [scene.image for scene in scenes])
+    got = bench.vlm.generate(
+        **inputs,
+        steering=steering.pair(*zip(*pairs, strict=True)),
+        max_new_tokens=14,
+        min_new_tokens=14,
+        do_sample=False,
+    )[:, -14:]
+    tokenizer = processor.tokenizer
+    for row, pair in enumerate(pairs):
+        spelled = []
+        for text in pair:
+            before, own = (len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in ("USER:", text))
+            ids = tokenizer(f"USER: {text} ASSISTANT:")["input_ids"]
+            spelled.append((ids, slice(1 + before, 1 + before + own)))
+        one = bench.vlm.inputs(prompts[row], scenes[row].image)
+        never = (tokenizer.eos_token_id,)
+        expected = naive_tokens(
+            plain,
+            "model.language_model",
+            "model.language_model.layers",
+            steering.module,
+            spelled,
+            one,
+            where,
+            14,
+            never,
+        )
+        assert got[row].tolist() == expected
 
 
 @pytest.mark.slow
