@@ -29,7 +29,7 @@ def steervlm(
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures, named by image_id.")] = None,
     missing: Annotated[str, typer.Option(help="Rows without their picture: error, or skip.")] = "error",
     pictures: Annotated[int, typer.Option(help="Pictures of the pocket world, with eight pairs each.")] = 2500,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps; 2000 for the pocket VLM, 1000 otherwise.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; 1500 for the pocket VLM, 1000 otherwise.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Rows of a step and process; 32 for pocket, otherwise 16.")
     ] = None,
@@ -38,7 +38,7 @@ def steervlm(
         float | None, typer.Option(help="Peak of the cosine; 3e-3 for pocket, otherwise 1e-3.")
     ] = None,
     reduction: Annotated[
-        int | None, typer.Option(help="Down-projection; 2 for pocket, otherwise the paper's 8.")
+        int | None, typer.Option(help="Down-projection; 1 for pocket, otherwise the paper's 8.")
     ] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads; 4 for pocket, otherwise 8.")] = None,
     positions: Annotated[str, typer.Option(help="Steered tokens: paper, everywhere, or an expression.")] = "paper",

@@ -153,7 +153,7 @@ def gates_by_task(bench: Bench, steervlm: SteerVLM, pictures: int = 24) -> dict[
     tasks = {"caption": DESCRIBE, "question": "Is there a dog in the image?", "advice": "Can my employer cut my pay?"}
     return {
         name: bench.vlm.record(
-            bound, bench.vlm.inputs([task] * pictures, [case.image for case in cases]), max_new_tokens=8,
+            bound, bench.vlm.inputs([task] * pictures, [case.image for case in cases]), max_new_tokens=TOKENS,
             reduce=("mean", "norm", "dim_mean"), do_sample=False,
         )
         for name, task in tasks.items()

@@ -28,12 +28,14 @@ TOPICS: tuple[str, ...] = (*(word for word in ANY_WORD if word not in FRESH_TOPI
 def pocket_config(vlm: AttachedModel, **choices: object) -> SteerVLMConfig:
     """Sizes for the pocket VLM; `choices` are fields of the config.
 
-    A bottleneck of 128 / 8 = 16 dimensions cannot tell 38 topics apart, so the reduction is 2 here.
+    There is no down-projection here: how wide the module must be hangs on how much it has to tell apart. 128 / 8 = 16
+    dimensions name 78 % of the topics that they were trained on, 64 name 45 % of those that they were not, 128 name
+    65 %; the paper has 512.
     """
-    return replace(SteerVLMConfig(vlm.d_model, vlm.n_layers, reduction=2, heads=4), **choices)  # pyright: ignore
+    return replace(SteerVLMConfig(vlm.d_model, vlm.n_layers, reduction=1, heads=4), **choices)  # pyright: ignore
 
 
-def pocket_training(steps: int = 2000) -> SteerVLMTraining:
+def pocket_training(steps: int = 1500) -> SteerVLMTraining:
     """Hyper-parameters for the pocket VLM."""
     return SteerVLMTraining(
         steps=steps, batch_size=32, learning_rate=3e-3, warmup=0.03, save_every=200, log_every=50, closed=True

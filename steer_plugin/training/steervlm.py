@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from steer_plugin.adapters import AttachedModel
 from steer_plugin.adapters._inputs import chat_text, encode
@@ -78,6 +78,7 @@ def train_steervlm(
             train_dataset=_Rows(rows),
             data_collator=cast("Any", collator),
         )
+        trainer.remove_callback(PrinterCallback)  # without its bar, the Trainer would print every entry of its log
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
     report: dict[str, JSON] = {

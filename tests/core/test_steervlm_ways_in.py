@@ -225,6 +225,8 @@ def test_bad_pairs_before_any_work(torch_vlm, inputs):
         torch_vlm.generate(**inputs, steering=steervlm().pair(long, "w7"), max_new_tokens=2)
     with pytest.raises(sp.InputError, match="2 prompt pairs do not fit a batch of 3 rows"):
         torch_vlm.generate(**inputs, steering=steervlm().pair(["w7", "w8"], ["w9", "w10"]), max_new_tokens=2)
+    with pytest.raises(sp.InputError, match="2 prompt pairs do not fit a batch of 3 rows"):
+        torch_vlm.generate(**inputs, steering=steervlm().pair(["w7", "w7"], ["w9", "w9"]), max_new_tokens=2)
     with pytest.raises(sp.ArtefactError, match="d_model 64"):
         torch_vlm.generate(**inputs, steering=steervlm(64), max_new_tokens=2)
     with pytest.raises(sp.ArtefactError, match="n_layers 3"):

@@ -159,6 +159,10 @@ def test_experiments_write_a_report_and_go_on(tmp_path: Path):
 
 
 def test_trained_modules_are_known_by_name():
+    configs = {name: module.module.config for name, module in packaged().items()}
+    assert {name: (config.unsteered, config.gate) for name, config in configs.items()} == {
+        "steervlm": (True, True), "without_u": (False, True), "without_gate": (True, False),
+    }  # fmt: skip
     assert sp.SteerVLM.load(sp.pocket.trained()).model["family"] == "llava"
     with pytest.raises(sp.InputError, match="without_gate"):
         sp.pocket.trained("gate")

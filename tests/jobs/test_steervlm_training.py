@@ -84,6 +84,11 @@ def test_the_loss_is_that_of_the_answers_tokens_alone(where: str):
     assert float(loss.detach()) == pytest.approx(total / count, rel=1e-4)
 
 
+def test_nothing_is_printed_without_progress(capsys: pytest.CaptureFixture[str]):
+    sp.SteerVLM.fit(vlm(), rows(), config(), SHORT, progress=False)
+    assert "loss" not in capsys.readouterr().out
+
+
 def test_positions_while_training():
     assert str(while_training(sp.Positions.parse("paper"))) == "last_prompt|generated|completion"
     assert str(while_training(sp.Positions.parse("everywhere"))) == "everywhere"

@@ -153,11 +153,7 @@ class SteerVLM(Steerable):
         if not self.pairs:
             raise InputError("SteerVLM needs its prompt pair: steervlm.pair('I love rain.', 'I hate rain.').")
         config = self.module.config
-        same = len(set(self.pairs)) == 1
-        asides = tuple(
-            Aside(tuple(pair[side] for pair in (self.pairs[:1] if same else self.pairs)), *config.aside)
-            for side in (0, 1)
-        )
+        asides = tuple(Aside(tuple(pair[side] for pair in self.pairs), *config.aside) for side in (0, 1))
         model = {"d_model": config.d_model, "n_layers": config.n_layers, **(self.model or {})}
         return Intervention(
             tuple(
