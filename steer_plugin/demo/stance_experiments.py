@@ -45,7 +45,7 @@ EXPLAINED = {
     "none": "unsteered",
     "prompt": "the target in words before the task (the ceiling: it sees the words)",
     "actadd": "h(p+) - h(p-) of the bare prompts; layer and strength chosen on validation pairs",
-    "caa": "mean of h(p+ task) - h(p- task) over training pictures; chosen likewise",
+    "caa": "mean difference of the two closings as forced answers, over training pictures; chosen likewise",
     "steervlm": "lambda 1",
     "steervlm 1.5": "lambda 1.5",
     "swapped": "SteerVLM with p+ and p- changed over: `converse` says how often their roles change too",
@@ -61,7 +61,7 @@ class StanceConfig:
 
     pictures: int = 100
     validation_pictures: int = 40
-    alphas: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    alphas: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0)
     methods: tuple[str, ...] = METHODS
     seed: int = 0
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -98,19 +98,23 @@ class Choice:
 
 
 class StanceMethods:
-    """Every method on the same pairs; the vectors of CAA and ActAdd come from the pairs' own prompts.
+    """Every method on the same pairs.
 
-    CAA: mean over training pictures of h(p+ task) - h(p- task) at the last prompt token. ActAdd: h(p+) - h(p-) at the
-    last token of the bare prompts. Both are added on the positions that SteerVLM steers.
+    ActAdd: h(p+) - h(p-) at the last token of the bare prompts. CAA: mean over training pictures and answer tokens of
+    h(task, closing of p+) - h(task, closing of p-); so it is told the words that SteerVLM has to find. Both are added
+    on the positions that SteerVLM steers.
     """
 
     def __init__(self, bench: Bench, steervlm: SteerVLM, pictures: int = 8) -> None:
         self.bench, self.steervlm, self.pictures = bench, steervlm, pictures
+        self._closings: dict[str, str] = {}
         self._known: dict[tuple[str, str, str], Float[Tensor, "layer d_model"]] = {}
 
     def method(self, name: str, items: Sequence[StanceItem], layer: int = 0, alpha: float = 1.0) -> Method:
         """Return a method by its name in `METHODS`, or "steervlm ALPHA"."""
         pairs = {item.id: (item.case.pair.target.text, item.case.pair.converse.text) for item in items}
+        stances = [stance for item in items for stance in (item.case.pair.target, item.case.pair.converse)]
+        self._closings |= {stance.text: stance.closing for stance in stances}
         if name.startswith("steervlm"):
             strength = float(name.removeprefix("steervlm") or 1.0)
             return Method(name, lambda ids: self._steered([pairs[i] for i in ids], strength), note={"alpha": strength})
@@ -143,19 +147,31 @@ class StanceMethods:
         return [case.image for case in self.bench.world.stances(self.pictures, "train")]
 
     def _caa(self, pair: tuple[str, str]) -> Float[Tensor, "layer d_model"]:
-        plus, minus = (self._last([f"{text} {DESCRIBE}"] * self.pictures, self._training) for text in pair)
-        return (plus - minus).mean(1)
+        plus, minus = (self._answered(self._closings[text]) for text in pair)
+        return plus - minus
+
+    def _answered(self, closing: str) -> Float[Tensor, "layer d_model"]:
+        """Mean over the tokens of a forced answer and over training pictures, at every layer."""
+        vlm = self.bench.vlm
+        inputs = dict(vlm.inputs([DESCRIBE] * self.pictures, self._training))
+        tokenizer = cast("Any", vlm.processor).tokenizer
+        answer = torch.tensor([tokenizer(closing, add_special_tokens=False)["input_ids"]] * self.pictures)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], 1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], 1)
+        sites = [resid_post(layer) for layer in range(vlm.n_layers)]
+        cache = vlm.cache(inputs, sites, "completion", completion_tokens=answer.shape[1])
+        return torch.stack([cache[site].mean((0, 1)) for site in sites])
 
     def _actadd(self, pair: tuple[str, str]) -> Float[Tensor, "layer d_model"]:
-        plus, minus = (self._last([text], None) for text in pair)
-        return (plus - minus)[:, 0]
+        plus, minus = (self._last(text) for text in pair)
+        return plus - minus
 
-    def _last(self, prompts: Sequence[str], images: Sequence[Image.Image] | None) -> Float[Tensor, "layer row d_model"]:
+    def _last(self, prompt: str) -> Float[Tensor, "layer d_model"]:
+        """The last token of a bare prompt, at every layer."""
         vlm = self.bench.vlm
         sites = [resid_post(layer) for layer in range(vlm.n_layers)]
-        where = "last_prompt" if images is not None else "user_end"
-        cache = vlm.cache(vlm.inputs(list(prompts), images), sites, where)
-        return torch.stack([cache[site][:, 0] for site in sites])
+        cache = vlm.cache(vlm.inputs([prompt]), sites, "user_end")
+        return torch.stack([cache[site][0, 0] for site in sites])
 
 
 def counted(items: Sequence[StanceItem], texts: Mapping[str, str]) -> dict[str, dict[str, Counts]]:

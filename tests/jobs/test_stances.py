@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,8 +19,10 @@ from steer_plugin.demo.stances import (
     FRESH_TOPICS,
     GROUPS,
     TOKENS,
+    Choice,
     StanceItem,
     StanceMethods,
+    choose,
     counted,
     described,
     stance_items,
@@ -76,6 +77,7 @@ def test_vectors_of_a_reversed_pair_are_opposite(bench: Bench):
     items = stance_items(bench.world, 2, groups=("trained",))
     methods = StanceMethods(bench, packaged()["steervlm"], pictures=2)
     pair = (items[0].case.pair.target.text, items[0].case.pair.converse.text)
+    methods.method("caa", items)
     for name in ("caa", "actadd"):
         first, second = (methods._added(name, [one], 1, 1.0) for one in (pair, pair[::-1]))
         vectors = [one.intervention.writes[0].delta.vector for one in (first, second)]
@@ -185,10 +187,51 @@ def test_train_on_the_command_line(tmp_path: Path):
     assert sp.SteerVLM.load(tmp_path / "steervlm").report["rows"] == 64
 
 
-def rates(bench: Bench, method: str, items: list[StanceItem], **where: Any) -> dict[str, dict[str, float]]:
+@pytest.fixture(scope="module")
+def measured(bench: Bench) -> dict[str, dict[str, dict[str, float]]]:
+    """Shares by method, group and metric on World 23, which nothing was chosen on."""
     methods = StanceMethods(bench, packaged()["steervlm"])
-    texts = bench.try_out(items, methods.method(method, items, **where), TOKENS)
-    return {
-        group: {metric: float(values[:, 0].sum() / values[:, 1].sum()) for metric, values in rows.items()}
-        for group, rows in counted(items, texts).items()
-    }
+    items = stance_items(bench.world, 40)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    choices = {name: choose(methods, name, 16, (1.0, 2.0, 4.0, 8.0)) for name in ("caa", "actadd")}
+    for name in ("none", "prompt", "caa", "actadd", "steervlm", "swapped", "equal"):
+        these = [StanceItem(item.case, item.group, worded=True) for item in items] if name == "prompt" else items
+        at = choices.get(name, Choice(0, 1.0, []))
+        texts = bench.try_out(these, methods.method(name, these, at.layer, at.alpha), TOKENS)
+        found[name] = {
+            group: {metric: float(values[:, 0].sum() / values[:, 1].sum()) for metric, values in rows.items()}
+            for group, rows in counted(these, texts).items()
+        }
+    return found
+
+
+@pytest.mark.slow
+def test_the_packaged_module_does_what_its_pairs_ask_for(measured: dict[str, dict[str, dict[str, float]]]):
+    ours, none = measured["steervlm"], measured["none"]
+    assert ours["trained"]["target"] >= 0.9
+    assert ours["trained"]["converse"] <= 0.05
+    for group in ("held topics", "fresh topics"):
+        assert ours[group]["attitude"] >= 0.9
+        assert ours[group]["converse"] <= 0.05
+        assert ours[group]["target"] >= 0.5
+    for group, found in ours.items():
+        assert none[group]["recall"] - found["recall"] <= 0.05, group
+
+
+@pytest.mark.slow
+def test_swapped_and_equal_pairs(measured: dict[str, dict[str, dict[str, float]]]):
+    assert measured["swapped"]["trained"]["converse"] >= 0.9
+    assert measured["swapped"]["trained"]["target"] <= 0.05
+    for metric in ("target", "converse", "attitude"):
+        assert measured["equal"]["trained"][metric] <= 0.05
+        assert measured["equal"]["held topics"][metric] <= 0.05
+
+
+@pytest.mark.slow
+def test_it_beats_caa_and_actadd_and_prompting_is_the_ceiling(measured: dict[str, dict[str, dict[str, float]]]):
+    for group in GROUPS:
+        others = max(measured[name][group]["target"] for name in ("caa", "actadd"))
+        # "both held" is the weakest group: new words for new topics.
+        assert measured["steervlm"][group]["target"] >= others + (0.02 if group == "both held" else 0.2), group
+        assert measured["prompt"][group]["target"] >= measured["steervlm"][group]["target"] - 0.05
+        assert measured["prompt"][group]["target"] >= 0.9
