@@ -107,7 +107,7 @@ class Steerer(nn.Module):
         for layer in self.layers():
             for linear, scale in ((layer.value, 1.0), (layer.out, 0.5)):
                 nn.init.eye_(linear.weight).mul_(scale)
-                if linear.bias is not None:
+                if self.config.bias:
                     nn.init.zeros_(linear.bias)
 
     def layers(self) -> list[Attention]:
