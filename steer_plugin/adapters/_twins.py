@@ -67,7 +67,8 @@ class Twins:
         if call.riding is None:
             # Decided once per call: a stream that began with a pass of its own goes on so.
             call.riding = cache is not None and not torch.is_grad_enabled() and not run.nested
-        if forward.step and not any(write.unsteered and write.positions.while_decoding() for write in run.writes):
+        decoding = forward.start >= call.width  # without a cache the prompt runs again in each step
+        if decoding and not any(write.unsteered and write.positions.while_decoding() for write in run.writes):
             self._restore()  # what needed a twin lies behind: it need not ride any further
             return None
         if forward.step == 0:
