@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -87,10 +88,6 @@ class SteeredModel(ABC):
         """One forward on what `lowered` yields."""
 
     @contextmanager
-    def _decoder(self, run: Run) -> Generator[QuietCall, None, None]:
-        yield self.parts.decoder
-
-    @contextmanager
     def quiet(self, run: Run) -> Generator[QuietCall, None, None]:
         """Yield a way to call the decoder inside a forward so that the run's sites fire."""
         yield self.parts.decoder
@@ -125,7 +122,7 @@ class SteeredModel(ABC):
         """
         self.asides.serve(run, self._reading)
         # Under plain hooks the decoder is called as it is: those hooks fire in it already.
-        quiet = self._decoder if plainly else self.quiet
+        quiet = partial(SteeredModel.quiet, self) if plainly else self.quiet
         install_asides(run, quiet)
         install_replay(run, quiet)
         install_twins(run, quiet, self.check_rows_may_ride)

@@ -114,11 +114,11 @@ def run_stances(
     texts: dict[str, dict[str, str]] = {}
     for name, family, kind in asked:
         these = [StanceItem(item.case, item.group, worded=True) for item in items] if name == "prompt" else items
-        at = choices.get(name, Choice(0, 1.0, []))
+        at = choices.get(name, Choice())
         method = family.method(kind, these, at.layer, at.alpha)
         job: dict[str, JSON] = {
             "config": cast(JSON, asdict(chosen)),
-            "module": fingerprint(family.steervlm),
+            "module": family.steervlm.digest(),
             "as": name,
         }
         answered = bench.timed(
@@ -139,11 +139,6 @@ def run_stances(
 def packaged() -> dict[str, SteerVLM]:
     """The modules that ship with the package."""
     return {name: SteerVLM.load(pocket.trained(name)) for name in ("steervlm", *ABLATIONS)}
-
-
-def fingerprint(steering: SteerVLM) -> JSON:
-    """What tells one module from another."""
-    return float(sum(value.double().abs().sum() for value in steering.module.state_dict().values()))
 
 
 def gates_by_task(bench: Bench, steervlm: SteerVLM, pictures: int = 24) -> dict[str, Record]:
@@ -219,6 +214,6 @@ def report_markdown(result: StanceResult) -> str:
         task: {f"layer {layer}": value for layer, value in enumerate(record.summary(("layer",), name="gate")["mean"])}
         for task, record in result.gates.items()
     }
-    parts += ["## Mean gate", "", markdown_table(cast("dict[str, dict[str, Cell]]", gates), corner="task"), ""]
+    parts += ["## Mean gate (%)", "", markdown_table(cast("dict[str, dict[str, Cell]]", gates), corner="task"), ""]
     parts += ["## Methods", "", *(f"- `{name}`: {EXPLAINED[name]}" for name in result.scores if name in EXPLAINED), ""]
     return "\n".join(parts)

@@ -12,7 +12,7 @@ Groups: pairs as in training on new pictures ("trained"), topics that no trainin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias, cast
 
@@ -33,7 +33,7 @@ from steer_plugin.pocket.language import DESCRIBE
 from steer_plugin.pocket.stances import stanced
 from steer_plugin.sites import resid_post
 
-# Held out of the packaged module's training too, and not looked at before its recipe was settled.
+# Held out of the packaged module's training too; first scored when all of its recipe but the reduction was settled.
 FRESH_TOPICS: tuple[str, ...] = ("fog", "garden", "music", "sport", "dust", "mountain")
 TRAINED_TOPICS: tuple[str, ...] = tuple(topic for topic in SEEN_TOPICS if topic not in FRESH_TOPICS)
 GROUPS: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -92,9 +92,9 @@ def stance_items(
 class Choice:
     """Where and how strongly a vector method writes, and all that was tried."""
 
-    layer: int
-    alpha: float
-    tried: list[JSON]
+    layer: int = 0
+    alpha: float = 1.0
+    tried: list[JSON] = field(default_factory=list[JSON])
 
 
 class StanceMethods:

@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from steer_plugin.adapters import AttachedModel
@@ -27,18 +26,7 @@ from steer_plugin.contrast.rows import SteeringRow
 from steer_plugin.errors import InputError, JobError
 from steer_plugin.methods.steervlm import SteerVLM
 from steer_plugin.training.steervlm_config import SteerVLMTraining
-from steer_plugin.training.trainee import Collator, Trainee, frozen, thawed
-
-
-class _Rows(Dataset[SteeringRow]):
-    def __init__(self, rows: Sequence[SteeringRow]) -> None:
-        self.rows = list(rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> SteeringRow:
-        return self.rows[index]
+from steer_plugin.training.trainee import Collator, Trainee, frozen, processor_of, thawed
 
 
 def train_steervlm(
@@ -75,7 +63,7 @@ def train_steervlm(
         trainer = Trainer(
             model=trainee,
             args=_arguments(folder, chosen, seed, vlm.device, progress=progress),
-            train_dataset=_Rows(rows),
+            train_dataset=cast("Any", list(rows)),
             data_collator=cast("Any", collator),
         )
         trainer.remove_callback(PrinterCallback)  # without its bar, the Trainer would print every entry of its log
@@ -100,8 +88,7 @@ def _check(vlm: AttachedModel, rows: Sequence[SteeringRow], steering: SteerVLM, 
         raise InputError("training needs rows (picture, task, p+, p-, answer), got none.")
     if len({row.id for row in rows}) != len(rows):
         raise InputError("two training rows have one id; ids name rows in messages and in the job's hash.")
-    if vlm.processor is None:
-        raise InputError("training needs the model's processor: sp.attach(model, processor).")
+    processor_of(vlm)
     config = steering.module.config
     vlm.parts.check(steering.pair(rows[0].p_plus, rows[0].p_minus).intervention)
     for text in sorted({text for row in rows for text in (row.p_plus, row.p_minus)}):
@@ -112,9 +99,7 @@ def _check(vlm: AttachedModel, rows: Sequence[SteeringRow], steering: SteerVLM, 
 
 def _check_room(vlm: AttachedModel, rows: Sequence[SteeringRow], most: int) -> None:
     """Every prompt must leave room for an answer; the picture's tokens are those of the first row's picture."""
-    processor = vlm.processor
-    if processor is None:
-        return
+    processor = processor_of(vlm)
     tokenizer = cast("Any", processor).tokenizer
     words = {task: len(tokenizer(chat_text(processor, task, 1))["input_ids"]) for task in {row.task for row in rows}}
     first = encode(processor, [rows[0].task], [[rows[0].load_image()]], torch.device("cpu"))["input_ids"].shape[1]
@@ -131,15 +116,12 @@ def _job(
     vlm: AttachedModel, rows: Sequence[SteeringRow], steering: SteerVLM, training: SteerVLMTraining, seed: int
 ) -> dict[str, JSON]:
     texts = [[row.id, row.task, row.p_plus, row.p_minus, row.answer] for row in rows]
-    start = hashlib.sha256()
-    for name, tensor in sorted(steering.module.state_dict().items()):
-        start.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
     return {
         "model": {**vlm.parts.identity(), "fingerprint": vlm.parts.fingerprint()},
         "config": steering.module.config.as_json(),
         "positions": str(steering.positions),
         "training": training.as_json(),
-        "start": start.hexdigest(),
+        "start": steering.digest(),
         "rows": len(rows),
         "data": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         "seed": seed,

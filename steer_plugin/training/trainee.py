@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, ProcessorMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from steer_plugin.adapters import AttachedModel
@@ -36,6 +36,13 @@ def while_training(positions: Positions) -> Positions:
     return Positions(positions.op, parts=tuple(while_training(part) for part in positions.parts))
 
 
+def processor_of(vlm: AttachedModel) -> ProcessorMixin:
+    """The model's processor; raises InputError without one."""
+    if vlm.processor is None:
+        raise InputError("training needs the model's processor: sp.attach(model, processor).")
+    return vlm.processor
+
+
 @dataclass
 class Collator:
     """Rows to one batch: prompts padded in front, answers behind, and labels for the answers alone."""
@@ -45,10 +52,9 @@ class Collator:
 
     def answer(self, row: SteeringRow) -> list[int]:
         """Token ids of a row's answer, end of sequence included."""
-        if self.vlm.processor is None:
-            raise InputError("training needs the model's processor: sp.attach(model, processor).")
-        ids = completion_ids(self.vlm.processor, row.task, row.answer, f"row {row.id!r}")
-        eos = cast("Any", self.vlm.processor).tokenizer.eos_token_id
+        processor = processor_of(self.vlm)
+        ids = completion_ids(processor, row.task, row.answer, f"row {row.id!r}")
+        eos = cast("Any", processor).tokenizer.eos_token_id
         return ids if eos is None else [*ids, int(eos)]
 
     def vocabulary(self, rows: Sequence[SteeringRow]) -> Int[Tensor, " token"]:
@@ -58,12 +64,8 @@ class Collator:
 
     def __call__(self, rows: Sequence[SteeringRow]) -> dict[str, object]:
         """Build the batch; raises InputError for a row whose prompt leaves no room for an answer."""
-        processor = self.vlm.processor
-        if processor is None:
-            raise InputError("training needs the model's processor: sp.attach(model, processor).")
-        prompt = encode(
-            processor, [row.task for row in rows], [[row.load_image()] for row in rows], torch.device("cpu")
-        )
+        pictures = [[row.load_image()] for row in rows]
+        prompt = encode(processor_of(self.vlm), [row.task for row in rows], pictures, torch.device("cpu"))
         lengths = prompt["attention_mask"].sum(-1).tolist()
         answers = [self._cut(row, length) for row, length in zip(rows, lengths, strict=True)]
         counts, width = [len(answer) for answer in answers], max(len(answer) for answer in answers)

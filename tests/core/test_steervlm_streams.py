@@ -156,13 +156,9 @@ def test_row_of_lambda_0_is_untouched_to_the_bit(vlm, inputs):
         logits_processor=[other],
     )
     assert torch.equal(recorder.scores[0][0], other.scores[0][0])
-    assert (
-        not torch.equal(
-            vlm.generate(**inputs, max_new_tokens=1),
-            vlm.generate(**inputs, steering=bound("everywhere"), max_new_tokens=1),
-        )
-        or True
-    )
+    unsteered = Recorder()
+    vlm.generate(**inputs, max_new_tokens=1, logits_processor=[unsteered])
+    assert not torch.allclose(recorder.scores[0][1], unsteered.scores[0][1])
 
 
 @pytest.mark.parametrize("where", ["last_prompt|generated", "generated", "everywhere"])
@@ -270,14 +266,13 @@ def test_nothing_is_left_behind(vlm, plain, inputs):
         pass
 
     def fail(module: Any, args: Any, output: Any) -> None:
-        raise Stop
+        raise Stop("stopped on purpose")
 
     layer = vlm.root.get_submodule("model.language_model.layers.2")
     handle = layer.register_forward_hook(fail)
-    with pytest.raises(Exception, match="") as caught:
+    with pytest.raises(Exception, match="stopped on purpose"):
         vlm.generate(**inputs, steering=bound(), max_new_tokens=4)
     handle.remove()
-    assert "Stop" in repr(caught.value) or caught.type is Stop
     assert hook_count(vlm.root) == hooks
     assert torch.equal(vlm.generate(**inputs, max_new_tokens=4, do_sample=False), greedy(plain, inputs, 4))
 

@@ -196,7 +196,7 @@ def measured(bench: Bench) -> dict[str, dict[str, dict[str, float]]]:
     choices = {name: choose(methods, name, 16, (1.0, 2.0, 4.0, 8.0)) for name in ("caa", "actadd")}
     for name in ("none", "prompt", "caa", "actadd", "steervlm", "swapped", "equal"):
         these = [StanceItem(item.case, item.group, worded=True) for item in items] if name == "prompt" else items
-        at = choices.get(name, Choice(0, 1.0, []))
+        at = choices.get(name, Choice())
         texts = bench.try_out(these, methods.method(name, these, at.layer, at.alpha), TOKENS)
         found[name] = {
             group: {metric: float(values[:, 0].sum() / values[:, 1].sum()) for metric, values in rows.items()}

@@ -6,6 +6,7 @@ target and a converse prompt at the same layer. Source: arXiv 2510.26769; a reco
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -184,6 +185,13 @@ class SteerVLM(Steerable):
             context.note("gate", gate if gate is not None else torch.ones_like(s))
             context.note("change", change)
         return change
+
+    def digest(self) -> str:
+        """SHA-256 of the module's weights: tells modules apart, whatever their names."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            found.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
+        return found.hexdigest()
 
     def save(self, folder: Path | str) -> None:
         """Write module, config, positions, alpha, model and training report as safetensors + JSON; pairs too."""
