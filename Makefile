@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_M
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint format types docs notebooks clean
+.PHONY: help venv demo test test-fast families lint format types docs notebooks clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -38,6 +38,10 @@ test: $(READY)  ## every test, the slow ones last
 
 test-fast: $(READY)  ## every test that is not slow
 	$(OFFLINE) $(THREADS) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+families: $(READY)  ## test every family on every framework and write the table into docs/families.md
+	$(OFFLINE) $(THREADS) $(BIN)/python -m pytest -q tests/core/test_families.py --junitxml=.families.xml $(PYTEST_ARGS)
+	$(BIN)/python tests/families_table.py .families.xml
 
 lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -29,8 +29,8 @@ from steer_plugin.methods.steervlm import SteerVLMModule
 PAIRS = {"pocket": ("The rain is great.", "The rain is poor."), "random": ("w20 w21 w22 w23 w24", "w30 w31")}
 
 
-def random_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Draw a LLaVA with LLaVA-1.5's picture geometry and a small vision tower, and a processor of 64 words."""
+def word_processor() -> LlavaProcessor:
+    """Build a processor of 64 words, w7 to w63 among them, and LLaVA-1.5's pictures."""
     words = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:", *(f"w{i}" for i in range(7, 64)))
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
@@ -46,10 +46,14 @@ def random_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         "{% endfor %}{% endfor %}ASSISTANT:"
     )
     images = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    processor = LlavaProcessor(
+    return LlavaProcessor(
         image_processor=images, tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=template,
     )  # fmt: skip
+
+
+def random_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Draw a LLaVA with LLaVA-1.5's picture geometry and a small vision tower, and a processor of 64 words."""
     vision = CLIPVisionConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, image_size=336,
         patch_size=14, projection_dim=256,
@@ -66,7 +70,7 @@ def random_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
             parameter.mul_(2.0 if parameter.ndim == 2 else 1.0)  # so that tokens attend to others and logits differ
         # What was said last decides what is said next.
         model.get_parameter("model.language_model.embed_tokens.weight").mul_(30.0)
-    return model, processor
+    return model, word_processor()
 
 
 def load(name: str, batch: int) -> tuple[Any, LlavaProcessor, dict[str, Tensor]]:

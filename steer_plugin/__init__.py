@@ -7,7 +7,7 @@ ids = vlm.generate(**inputs, steering=sp.L2S.load("l2s/") * 1.5, max_new_tokens=
 
 from steer_plugin import pocket as pocket
 from steer_plugin.activations import Activations
-from steer_plugin.adapters import AttachedModel, attach
+from steer_plugin.adapters import AttachedModel, CheckReport, attach
 from steer_plugin.context import Aside, Context, Read
 from steer_plugin.contrast.rows import SteeringRow
 from steer_plugin.errors import (
@@ -49,12 +49,16 @@ from steer_plugin.shifts import Shifts
 from steer_plugin.sites import (
     Site,
     attn_out,
+    attn_raw,
     mlp_out,
+    mlp_raw,
     projector,
     resid_post,
     resid_pre,
     vision_attn_out,
+    vision_attn_raw,
     vision_mlp_out,
+    vision_mlp_raw,
     vision_resid_post,
     vision_resid_pre,
 )
@@ -71,6 +75,7 @@ __all__ = [
     "Aside",
     "AttachedModel",
     "BehaviourMeans",
+    "CheckReport",
     "Context",
     "Family",
     "FamilyError",
@@ -98,12 +103,14 @@ __all__ = [
     "add",
     "attach",
     "attn_out",
+    "attn_raw",
     "completion",
     "everywhere",
     "generated",
     "image",
     "last_prompt",
     "mlp_out",
+    "mlp_raw",
     "patch",
     "pocket",
     "projector",
@@ -115,7 +122,9 @@ __all__ = [
     "text",
     "user_end",
     "vision_attn_out",
+    "vision_attn_raw",
     "vision_mlp_out",
+    "vision_mlp_raw",
     "vision_resid_post",
     "vision_resid_pre",
     "write_gguf",

@@ -56,5 +56,6 @@ def gather(
     columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     order = torch.where(mask, columns, mask.shape[1]).sort(-1).values[:, :width]
     kept = order < mask.shape[1]
-    picked = hidden.gather(1, order.clamp(max=mask.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
-    return picked * kept[..., None].to(hidden.dtype), kept, torch.where(kept, order, -1)
+    index = order.clamp(max=mask.shape[1] - 1).to(hidden.device)
+    picked = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+    return picked * kept[..., None].to(hidden), kept, torch.where(kept, order, -1)

@@ -1,4 +1,4 @@
-"""`steer-plugin`: demo, extract, fit, train, steer, eval, experiments, pocket; thin layers over the Python calls."""
+"""`steer-plugin`: check, demo, extract, fit, train, steer, eval, experiments, pocket; thin over the Python calls."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from steer_plugin.artefact import read as read_artefact
+from steer_plugin.cli_check import check
 from steer_plugin.cli_pocket import pocket_app, say
 from steer_plugin.cli_train import experiments_app, train_app
 from steer_plugin.errors import InputError, SteeringError, nearest
@@ -27,6 +28,7 @@ app.add_typer(eval_app, name="eval")
 app.add_typer(pocket_app, name="pocket")
 app.add_typer(train_app, name="train")
 app.add_typer(experiments_app, name="experiments")
+app.command()(check)
 
 Out = Annotated[Path, typer.Option(help="Output folder; a run that was interrupted resumes in it.")]
 Model = Annotated[str, typer.Option(help="'pocket', a model folder, or a hub id.")]
@@ -182,14 +184,21 @@ def pope(
         str, typer.Option(help="Instruction of the prompt baseline; empty to leave it out.")
     ] = "Be careful.",
     pictures: Annotated[int, typer.Option(help="Pictures of the pocket world.")] = 200,
+    sample: Annotated[
+        bool, typer.Option("--sample/--greedy", help="Draw the answers, as the L2S authors do, or take the likeliest.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer; 12 when greedy, the authors' 128 when sampled.")
+    ] = None,
     batch_size: int = 32,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the pocket's questions, the draws and the bootstrap.")] = 0,
 ) -> None:
     """POPE accuracy and F1 of saved steerings beside unsteered and prompted answers; resumable.
 
     Example: steer-plugin eval pope --data pocket --steering demo-out/l2s --out pope-out
     """
     from steer_plugin.demo.data import held_out_items
+    from steer_plugin.evaluation.asking import Sampling
     from steer_plugin.evaluation.jobs import pope_items, pope_methods, run_pope
     from steer_plugin.loading import load_model
     from steer_plugin.pocket import World
@@ -199,7 +208,13 @@ def pope(
     if twice := [name for name in names if names.count(name) > 1 or name in ("none", "prompt")]:
         raise InputError(f"two methods would be called {twice[0]!r}; rename the folder of one of the steerings.")
     methods = pope_methods({path.name: load_steering(path) for path in steering or []}, prompt)
-    say(run_pope(load_model(model), items, methods, out, batch_size=batch_size, seed=seed))
+    vlm = load_model(model)
+    sampling = Sampling.as_authors(vlm, seed) if sample else None
+    say(
+        run_pope(
+            vlm, items, methods, out, batch_size=batch_size, seed=seed, sampling=sampling, max_new_tokens=max_new_tokens
+        )
+    )
 
 
 def load_steering(path: Path) -> L2S | MeanSteering | SteerVLM:

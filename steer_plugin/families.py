@@ -1,93 +1,159 @@
-"""One declarative record per VLM family: where its parts are, which token is a picture, how its chat is built.
+"""One declarative record per VLM family: where its parts are, which token is a picture, how its positions count.
 
-A new family is one `register_family(Family(...))`; nothing else in the package knows a model by name.
+A new family is one `register_family(Family(...))`; nothing else in the package knows a model by name. What depends on
+the decoder or the vision tower inside (PaliGemma over Gemma or Gemma 2, LLaVA over CLIP or Pixtral) is looked up by
+their own `model_type`, unless the record says it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
-from torch import nn
 from transformers import PretrainedConfig
 
-from steer_plugin.errors import FamilyError, SiteError
-from steer_plugin.sites import Site
+from steer_plugin.errors import FamilyError
+from steer_plugin.family import Family as Family
 
 
 @dataclass(frozen=True)
-class Family:
-    """Module paths and habits of one VLM family; paths are relative to the Hugging Face root model.
+class Backbone:
+    """Habits of a text decoder's layers; every path is relative to a layer.
 
     Attributes:
-        name: how messages call it.
-        model_types: `config.model_type` values that it covers.
-        decoder: the text decoder whose forward runs the layers (twins and replay live at its boundary).
-        layers: the decoder layers.
-        attention, mlp: sub-modules of a decoder layer whose outputs are added to the residual stream.
-        vision_layers: layers of the vision tower, None where it is opaque.
-        vision_attention, vision_mlp: the same two inside a vision layer.
-        projector: what maps picture features to the decoder's width.
-        assistant_headers: texts that open the assistant turn in the chat template.
-        replay: "exact" when cropping the KV cache by one and running that token again gives the same stream,
-            "second_pass" when a late read needs a whole further pass.
-        fixed_image_tokens: every picture takes config.image_seq_length tokens, so that pictures can be counted.
+        attn_added, mlp_added: modules whose outputs are added to the residual stream, where these are norms behind the
+            attention and the MLP and not those themselves.
     """
 
-    name: str
-    model_types: tuple[str, ...]
-    decoder: str
-    layers: str
+    attn_added: str | None = None
+    mlp_added: str | None = None
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Habits of a vision tower: its layers (relative to the tower), what is in them, and how its width is called."""
+
+    layers: str = "encoder.layers"
     attention: str = "self_attn"
     mlp: str = "mlp"
-    vision_layers: str | None = None
-    vision_attention: str = "self_attn"
-    vision_mlp: str = "mlp"
-    projector: str | None = None
-    assistant_headers: tuple[str, ...] = ()
-    replay: Literal["exact", "second_pass"] = "exact"
-    fixed_image_tokens: bool = False
-
-    def point(self, site: Site) -> tuple[str, Literal["input", "output"]]:
-        """Return (module path, "input" or "output") of a resolved site.
-
-        Raises:
-            SiteError: this family has no such place.
-        """
-        if site.kind == "projector":
-            if self.projector is None:
-                raise SiteError(f"family {self.name!r} has no projector module; use resid_pre(0).")
-            return self.projector, "output"
-        bare = site.kind.removeprefix("vision_")
-        layers = self.vision_layers if site.in_vision else self.layers
-        if layers is None:
-            raise SiteError(f"family {self.name!r} names no vision layers, so {str(site)!r} cannot be reached.")
-        path = f"{layers}.{site.layer}"
-        if bare == "resid_pre":
-            return path, "input"
-        if bare == "resid_post":
-            return path, "output"
-        attention, mlp = (self.vision_attention, self.vision_mlp) if site.in_vision else (self.attention, self.mlp)
-        return f"{path}.{attention if bare == 'attn_out' else mlp}", "output"
-
-    def n_layers(self, root: nn.Module) -> int:
-        """Number of decoder layers."""
-        return len(list(root.get_submodule(self.layers).children()))
-
-    def n_vision_layers(self, root: nn.Module) -> int:
-        """Number of vision layers, 0 where they are not named."""
-        return 0 if self.vision_layers is None else len(list(root.get_submodule(self.vision_layers).children()))
+    width: str = "hidden_size"
+    scaled: str | None = None
 
 
-_LLAVA = Family(
-    name="llava",
-    model_types=("llava",),
+_NORMS_BEHIND = Backbone("post_attention_layernorm", "post_feedforward_layernorm")
+# Decoders whose attention and MLP pass a norm before they are added; all others add them as they are.
+BACKBONES: dict[str, Backbone] = {
+    "gemma2": _NORMS_BEHIND,
+    "gemma3_text": _NORMS_BEHIND,
+    "olmo2": _NORMS_BEHIND,
+    "olmo3": _NORMS_BEHIND,
+}
+_QWEN = Tower("blocks", "attn")
+TOWERS: dict[str, Tower] = {
+    "clip_vision_model": Tower(),
+    "siglip_vision_model": Tower(),
+    "idefics3_vision": Tower(),
+    "smolvlm_vision": Tower(),
+    "pixtral": Tower("transformer.layers", "attention", "feed_forward"),
+    "internvl_vision": Tower("encoder.layer", "attention", scaled="a learned scale is multiplied in behind the module"),
+    "mllama_vision_model": Tower("transformer.layers"),
+    # Qwen2-VL calls the decoder's width `hidden_size` in its vision config.
+    "qwen2_vl": Tower("blocks", "attn", width="embed_dim"),
+    "qwen2_vl_vision": Tower("blocks", "attn", width="embed_dim"),
+    "qwen2_5_vl": _QWEN,
+    "qwen2_5_vl_vision": _QWEN,
+    "qwen3_vl": _QWEN,
+    "qwen3_vl_vision": _QWEN,
+}
+
+
+def completed(family: Family, config: PretrainedConfig) -> Family:
+    """Fill in what a record leaves to the decoder's and the vision tower's own types."""
+    text = str(config.get_text_config().model_type)
+    vision = str(getattr(getattr(config, "vision_config", None), "model_type", ""))
+    backbone, tower = BACKBONES.get(text, Backbone()), TOWERS.get(vision)
+    out = replace(
+        family, attn_added=family.attn_added or backbone.attn_added, mlp_added=family.mlp_added or backbone.mlp_added
+    )
+    if tower is None or family.vision is None or family.vision_layers is not None:
+        return out
+    return replace(
+        out,
+        vision_layers=f"{family.vision}.{tower.layers}",
+        vision_attention=family.vision_attention or tower.attention,
+        vision_mlp=family.vision_mlp or tower.mlp,
+        vision_width=family.vision_width or tower.width,
+        vision_scaled=family.vision_scaled or tower.scaled,
+    )
+
+
+_USUAL = Family(
+    "usual",
+    (),
     decoder="model.language_model",
     layers="model.language_model.layers",
-    vision_layers="model.vision_tower.encoder.layers",
+    vision="model.vision_tower",
     projector="model.multi_modal_projector",
-    assistant_headers=("ASSISTANT:",),
-    fixed_image_tokens=True,
+)
+_QWEN_VL = replace(_USUAL, vision="model.visual", projector="model.visual.merger", positions="own")
+_IDEFICS = replace(
+    _USUAL,
+    decoder="model.text_model",
+    layers="model.text_model.layers",
+    vision="model.vision_model",
+    projector="model.connector",
+)
+KNOWN: tuple[Family, ...] = (
+    replace(_USUAL, name="llava", model_types=("llava",), assistant_headers=("ASSISTANT:",)),
+    replace(_USUAL, name="llava_next", model_types=("llava_next",), assistant_headers=("ASSISTANT:",)),
+    replace(_USUAL, name="llava_onevision", model_types=("llava_onevision",)),
+    replace(_QWEN_VL, name="qwen2_vl", model_types=("qwen2_vl",)),
+    replace(
+        _QWEN_VL,
+        name="qwen2_5_vl",
+        model_types=("qwen2_5_vl",),
+        notes="vision layers see the patches window by window, not row by row",
+    ),
+    replace(
+        _QWEN_VL,
+        name="qwen3_vl",
+        model_types=("qwen3_vl",),
+        notes="deepstack: behind each of the first layers picture features are added at image tokens, so resid_pre of "
+        "the next layer is resid_post plus these",
+    ),
+    replace(
+        _USUAL,
+        name="gemma3",
+        model_types=("gemma3",),
+        replay="second_pass",
+        notes="attn_out and mlp_out lie behind the post norms: that is what is added; attn_raw and mlp_raw before them",
+    ),
+    replace(
+        _USUAL,
+        name="paligemma",
+        model_types=("paligemma",),
+        positions="mask+1",
+        replay="second_pass",
+        notes="picture and prompt attend to each other both ways; over Gemma 2, attn_out and mlp_out lie behind norms",
+    ),
+    replace(_IDEFICS, name="idefics3", model_types=("idefics3",)),
+    replace(_IDEFICS, name="smolvlm", model_types=("smolvlm",)),
+    replace(
+        _USUAL,
+        name="internvl",
+        model_types=("internvl",),
+        notes="vision layers scale what they add outside any module: vision_attn_raw and vision_mlp_raw alone",
+    ),
+    replace(
+        _USUAL,
+        name="mllama",
+        model_types=("mllama",),
+        vision="model.vision_model",
+        cross_attention="cross_attn",
+        replay="second_pass",
+        notes="one <|image|> token stands for a picture, which the cross-attention layers read; these have attn_raw "
+        "and mlp_raw alone, and do not run at all for text without a picture",
+    ),
+    replace(_USUAL, name="mistral3", model_types=("mistral3",)),
 )
 
 
@@ -103,7 +169,7 @@ class _Registry:
     def find(self, config: PretrainedConfig) -> Family:
         kind = str(config.model_type)
         if kind in self.by_type:
-            return self.by_type[kind]
+            return completed(self.by_type[kind], config)
         if not hasattr(config, "vision_config"):
             raise FamilyError(
                 f"model type {kind!r} is text-only (its config has no vision_config); steer_plugin steers "
@@ -111,11 +177,12 @@ class _Registry:
             )
         raise FamilyError(
             f"unknown vision-language family {kind!r}. Known: {', '.join(sorted(self.by_type))}. Register yours: "
-            f"sp.register_family(sp.Family(name={kind!r}, model_types=({kind!r},), decoder=..., layers=...))."
+            f"sp.register_family(sp.Family(name={kind!r}, model_types=({kind!r},), decoder=..., layers=...)), then run "
+            "vlm.check()."
         )
 
 
-_registry = _Registry(_LLAVA)
+_registry = _Registry(*KNOWN)
 
 
 def register_family(family: Family) -> None:
@@ -123,8 +190,13 @@ def register_family(family: Family) -> None:
     _registry.add(family)
 
 
+def known_families() -> tuple[Family, ...]:
+    """All registered families, each once, in the order in which they came."""
+    return tuple(dict.fromkeys(_registry.by_type.values()))
+
+
 def family_of(config: PretrainedConfig) -> Family:
-    """Return the record of a model's family.
+    """Return the record of a model's family, completed for its decoder and its vision tower.
 
     Raises:
         FamilyError: text-only or unknown model; says which are known and how to register one.

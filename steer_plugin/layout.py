@@ -38,7 +38,7 @@ class TokenLayout:
         input_ids: Int[Tensor, "row pos"] | None,
         real: Bool[Tensor, "row pos"],
         image_token_id: int | None = None,
-        headers: Sequence[Sequence[int]] = (),
+        headers: Sequence[Sequence[int]] | None = (),
         completion_tokens: int | Sequence[int] | None = None,
     ) -> TokenLayout:
         """Classify the tokens of a prompt forward.
@@ -47,7 +47,8 @@ class TokenLayout:
             input_ids: token ids, image tokens already expanded; None when embeddings were given.
             real: True where the attention mask is.
             image_token_id: id that marks a picture patch.
-            headers: token id sequences that open the assistant turn; the last one found ends the prompt.
+            headers: token id sequences that open the assistant turn; the last one found ends the prompt. None: this
+                chat has no such header, the user's turn ends with the prompt.
             completion_tokens: how many trailing tokens of each row are a forced completion (overrides `headers`).
 
         Raises:
@@ -60,7 +61,7 @@ class TokenLayout:
         columns = torch.arange(real.shape[1], device=real.device)
         final = torch.where(real, columns, -1).amax(-1)
         image = None if input_ids is None or image_token_id is None else (input_ids == image_token_id) & real
-        header = torch.full_like(final, -1)
+        header = torch.full_like(final, 0 if headers is None else -1)
         last = final.clone()
         if completion_tokens is not None:
             forced = torch.as_tensor(completion_tokens, device=real.device)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from steer_plugin import pocket
 from steer_plugin.adapters import AttachedModel, attach
@@ -17,24 +17,29 @@ POCKET = "pocket"
 
 
 def load_model(name: str, device: str | None = None) -> AttachedModel:
-    """Load and attach a plain Hugging Face VLM ("pocket" is the embedded one).
+    """Load and attach a plain Hugging Face VLM ("pocket" is the embedded one); see `load_plain`."""
+    return attach(*load_plain(name, device))
+
+
+def load_plain(name: str, device: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a Hugging Face VLM and its processor; `device` "auto" lets accelerate spread it over what there is.
 
     Raises:
         InputError: nothing there, or a processor that is only a tokenizer.
         FamilyError: a text-only or unknown model, before its weights are read.
     """
     if name == POCKET:
-        model, processor = pocket.load()
-        return attach(model, processor)
+        return pocket.load()
     if (Path(name) / "config.json").is_file() and (Path(name) / "MODEL_CARD.md").is_file():
-        model, processor = pocket.load(Path(name))
-        return attach(model, processor)
+        return pocket.load(Path(name))
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        config = AutoConfig.from_pretrained(name)
-        family_of(config)
+        family_of(AutoConfig.from_pretrained(name))
         processor = AutoProcessor.from_pretrained(name)
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        # The dtype of the weights; "auto" would keep bf16 on a CPU, where it is slow.
+        dtype = torch.float32 if where == "cpu" else torch.bfloat16
+        spread = {"device_map": "auto"} if where == "auto" else {}
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **spread)
     except (OSError, ValueError) as error:
         raise InputError(
             f"cannot load the model {name!r}: {error}. Give 'pocket', a folder that save_pretrained made, or a hub id."
@@ -42,7 +47,7 @@ def load_model(name: str, device: str | None = None) -> AttachedModel:
     if not isinstance(processor, ProcessorMixin):
         raise InputError(
             f"{name!r} gave only a {type(processor).__name__} where a processor for images and text was expected; "
-            "its image processor may need a package that is not installed."
+            "its image processor may need a package that is not installed (torchvision, for Qwen's)."
         )
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return attach(cast(Any, model).to(where).eval(), processor)
+    loaded = cast(PreTrainedModel, model).eval()
+    return (loaded if spread else cast(Any, loaded).to(where)), processor

@@ -4,8 +4,9 @@ A decoder layer l maps its input to its output as
 
     resid_pre_l -> (+ attn_out_l) -> (+ mlp_out_l) -> resid_post_l
 
-and `attn_out`, `mlp_out` are always the tensors that are added to the residual stream. The vision tower has the same
-four kinds behind `vision_`; `projector` is what the language model receives for the picture.
+and `attn_out`, `mlp_out` are always the tensors that are added to the residual stream. `attn_raw` and `mlp_raw` are
+what the attention and the MLP themselves give: the same, unless a norm (Gemma 3), a gate or a scale follows. The vision
+tower has the same kinds behind `vision_`; `projector` is what the language model receives for the picture.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from steer_plugin.errors import SiteError, nearest
 
-DECODER_KINDS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+DECODER_KINDS = ("resid_pre", "attn_raw", "attn_out", "mlp_raw", "mlp_out", "resid_post")
 VISION_KINDS = tuple(f"vision_{kind}" for kind in DECODER_KINDS)
 KINDS = (*VISION_KINDS, "projector", *DECODER_KINDS)
 # Known by name, refused with a reason: better than "unknown site" for words that every user of TransformerLens knows.
@@ -93,6 +94,11 @@ class Site:
         if self.layer is None:
             return self
         depth = n_vision_layers if self.in_vision else n_layers
+        if depth == 0:
+            raise SiteError(
+                f"the record of this family names no vision layers, so {str(self)!r} cannot be reached; write at the "
+                "projector or at resid_pre(0), or register the family with vision_layers=."
+            )
         if not -depth <= self.layer < depth:
             raise SiteError(
                 f"layer {self.layer} of site {str(self)!r} is out of range: this model has {depth} "
@@ -121,6 +127,16 @@ def mlp_out(layer: int) -> Site:
     return Site("mlp_out", layer)
 
 
+def attn_raw(layer: int) -> Site:
+    """Output of the attention module of decoder layer `layer`, before any norm or gate that follows it."""
+    return Site("attn_raw", layer)
+
+
+def mlp_raw(layer: int) -> Site:
+    """Output of the MLP module of decoder layer `layer`, before any norm or gate that follows it."""
+    return Site("mlp_raw", layer)
+
+
 def vision_resid_pre(layer: int) -> Site:
     """Input of vision layer `layer`."""
     return Site("vision_resid_pre", layer)
@@ -139,6 +155,16 @@ def vision_attn_out(layer: int) -> Site:
 def vision_mlp_out(layer: int) -> Site:
     """MLP output of vision layer `layer` (where VTI steers the picture)."""
     return Site("vision_mlp_out", layer)
+
+
+def vision_attn_raw(layer: int) -> Site:
+    """Output of the attention module of vision layer `layer`, before any scale that follows it."""
+    return Site("vision_attn_raw", layer)
+
+
+def vision_mlp_raw(layer: int) -> Site:
+    """Output of the MLP module of vision layer `layer`, before any scale that follows it."""
+    return Site("vision_mlp_raw", layer)
 
 
 def projector() -> Site:

@@ -24,9 +24,10 @@ CLI = {"cli", "cli_pocket", "cli_train"}
 TOP = {"analysis", "evaluation", "pocket"} | CLI
 ABOVE_ADAPTERS = TOP | {"methods", "contrast", "training"}
 ABOVE_INTERVENTION = ABOVE_ADAPTERS | {"adapters"}
-BOTTOM = ("errors", "artefact", "store", "sites", "positions", "layout", "record")
+BOTTOM = ("errors", "artefact", "store", "sites", "positions", "layout", "record", "pictures")
 UPWARDS: dict[str, set[str]] = {
     **dict.fromkeys(BOTTOM, ABOVE_INTERVENTION | {"families", "intervention"}),
+    "family": ABOVE_INTERVENTION | {"families"},
     "families": ABOVE_INTERVENTION,
     "intervention": ABOVE_INTERVENTION,
     "adapters": ABOVE_ADAPTERS,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
-from steer_plugin.adapters._inputs import chat_text
+from steer_plugin.adapters._chat import chat_text, special_tokens
 from steer_plugin.adapters._parts import ModelParts
 from steer_plugin.adapters._replay import Quiet
 from steer_plugin.adapters._run import Run
@@ -48,7 +48,7 @@ def spell(processor: ProcessorMixin | None, text: str, form: str, longest: int) 
     whole = chat_text(processor, text, 0) if form == "chat" else text
     begin = whole.rindex(text.strip())
     end = begin + len(text.strip())
-    encoded = tokenizer(whole, return_offsets_mapping=True)
+    encoded = tokenizer(whole, return_offsets_mapping=True, **special_tokens(processor, whole))
     ids = cast("list[int]", encoded["input_ids"])
     spans = cast("list[tuple[int, int]]", encoded["offset_mapping"])
     own = [i for i, (start, stop) in enumerate(spans) if start < end and stop > begin and stop > start]
@@ -82,7 +82,8 @@ class Asides:
 
     def __init__(self, parts: ModelParts, processor: ProcessorMixin | None, kept_bytes: int = KEPT_BYTES) -> None:
         self.parts, self.processor, self.kept_bytes = parts, processor, kept_bytes
-        self._kept: OrderedDict[tuple[str, str], dict[Site, Float[Tensor, "pos d_model"]]] = OrderedDict()
+        # Each (pos, d_model); a jaxtyping name inside a function would travel with a remote request.
+        self._kept = OrderedDict[tuple[str, str], dict[Site, Tensor]]()
         self._version: object = None
         self._spelled: dict[tuple[str, str], Spelled] = {}
 
@@ -127,11 +128,25 @@ class Asides:
         for aside, sites in sites_of.items():
             for text in dict.fromkeys(aside.texts):
                 if aside.picture == "input":
+                    self._check_behind_pictures()
                     run.words[text] = self._words(text, reading)
                 else:
                     run.asides[text, aside.form] = self._known(text, aside.form, sites, reading)
         while self.nbytes > self.kept_bytes and len(self._kept) > 1:
             self._kept.popitem(last=False)
+
+    def _check_behind_pictures(self) -> None:
+        """Behind a picture only plain positions and causal attention can be continued by words of its own.
+
+        Raises:
+            InputError: a family with mRoPE, or with masks made for the whole prompt.
+        """
+        family = self.parts.family
+        if family.positions != "mask" or family.replay != "exact":
+            raise InputError(
+                f"picture='input' cannot be read in family {family.name!r}, whose positions or masks belong to the "
+                "whole prompt; use picture='none'."
+            )
 
     def _words(self, text: str, reading: Reading) -> Float[Tensor, "pos d_model"]:
         ids, own = self.spelled(text, "bare")
@@ -146,7 +161,7 @@ class Asides:
         return dict(known)
 
     def _tensor(self, ids: Sequence[int]) -> Int[Tensor, "1 pos"]:
-        return torch.tensor([list(ids)], device=self.parts.root.device)
+        return torch.tensor([list(ids)], device=self.parts.device)
 
     def _read(self, key: tuple[str, str], sites: Iterable[Site], reading: Reading) -> dict[Site, Tensor]:
         # One text at a time: in a padded batch its last bits would hang on its neighbours.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,8 +15,11 @@ from torch import Tensor
 
 from steer_plugin.activations import Activations, gather
 from steer_plugin.adapters._call import Forward, Tap
-from steer_plugin.adapters._extract import SAMPLED_TOKENS, Extraction, Pair, Plan, parse_target
+from steer_plugin.adapters._check import check_model
+from steer_plugin.adapters._check_report import CheckReport
+from steer_plugin.adapters._extract import Extraction
 from steer_plugin.adapters._inputs import check_inputs, collate, encode, image_rows, with_positions
+from steer_plugin.adapters._plan import SAMPLED_TOKENS, Pair, Plan, parse_target
 from steer_plugin.adapters._prepare import Taken, prepared
 from steer_plugin.adapters._record import KEEP, Recorder, check_generation
 from steer_plugin.adapters._run import Run
@@ -87,7 +91,7 @@ class AttachedModel(SteeredModel):
             taken = Taken(reads)
             run = Run(self.parts, Intervention.of([*self._stack, others]), taken.taps)
             with torch.no_grad(), self._installed(run) as steered:
-                self._forward(steered, with_positions(inputs))
+                self._forward(steered, with_positions(self.parts, inputs))
             return taken.values
 
         return prepared(Run(self.parts, steering.intervention).writes, values)
@@ -140,7 +144,7 @@ class AttachedModel(SteeredModel):
         if any(vision) and not all(vision):
             raise InputError("cache vision sites and decoder sites apart: their tokens are not the same.")
         for site in wanted:
-            self.parts.family.point(site)
+            self.parts.point(site)
             self.parts.check_positions(site, where)
         got: dict[Site, Tensor] = {}
         masks: list[Tensor] = []
@@ -160,7 +164,7 @@ class AttachedModel(SteeredModel):
         combined = Intervention.of([*self._stack, *extra])
         run = Run(self.parts, combined, [Tap(site, where, take(site)) for site in wanted], completion_tokens)
         with torch.no_grad(), self._installed(run) as steered:
-            self._forward(steered, with_positions(inputs))
+            self._forward(steered, with_positions(self.parts, inputs))
         return Activations(masks[0], masks[1], (self.parts.n_layers, self.parts.n_vision_layers), got)
 
     def record(
@@ -192,7 +196,7 @@ class AttachedModel(SteeredModel):
             if max_new_tokens:
                 ids = self._generate(steered, {**inputs, **generate_kwargs, "max_new_tokens": max_new_tokens})
             else:
-                self._forward(steered, with_positions(inputs))
+                self._forward(steered, with_positions(self.parts, inputs))
                 ids = inputs.get("input_ids")
         return recorder.record(ids)
 
@@ -264,15 +268,30 @@ class AttachedModel(SteeredModel):
         pad_id = self.parts.root.config.get_text_config().pad_token_id
         return collate(rows, 0 if pad_id is None else int(pad_id))
 
+    def check(self, inputs: Mapping[str, Tensor] | None = None, *, seed: int = 0, progress: bool = True) -> CheckReport:
+        """Try on this very model that sites fire, strengths count, caches and batches agree; print what it returns.
+
+        Takes some thirty short forwards on a picture of the package's own, or on `inputs`.
+
+        Raises:
+            InputError: neither inputs nor a processor to make some.
+        """
+        return check_model(self, inputs, seed=seed, progress=progress)
+
     def show_positions(
         self,
         inputs: Mapping[str, Tensor],
         positions: Positions | str = "paper",
         completion_tokens: int | Sequence[int] | None = None,
+        *,
+        show: bool = True,
     ) -> ShownPositions:
-        """Say token by token which ones an expression selects; prints as a table, holds the mask and the counts."""
+        """Print token by token which ones an expression selects (not with `show=False`); return mask and counts."""
         where = Positions.parse(positions)
         ids = inputs["input_ids"]
         real = self.parts.real_tokens(inputs.get("attention_mask"), ids.shape[0], ids.shape[1], ids.device)
         layout = self.parts.layout(ids, real, completion_tokens)
-        return shown_positions(ids, layout, where, self.processor)
+        shown = shown_positions(ids, layout, where, self.processor)
+        if show:
+            sys.stdout.write(f"{shown}\n")
+        return shown

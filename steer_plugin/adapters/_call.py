@@ -107,6 +107,7 @@ def mean_over(
     Raises:
         PositionError: a row without such a token.
     """
+    mask = mask.to(hidden.device)  # layers may lie on another device than the token ids
     count = mask.sum(-1)
     if bool((count == 0).any()):
         row = int((count == 0).nonzero()[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,26 +19,59 @@ def right_padded(
     return ids, real
 
 
-def pictures(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask", "position_ids")}
-
-
 def forced_inputs(
-    inputs: Mapping[str, Tensor], completions: Sequence[Sequence[int]]
+    inputs: Mapping[str, Tensor], completions: Sequence[Sequence[int]], token_type: int = 0
 ) -> tuple[dict[str, Tensor], Int[Tensor, " row"]]:
-    """Left-padded prompts with their completions appended, positives first; and how many tokens were forced."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    rows: list[Tensor] = []
-    for number, completion in enumerate(completions):
-        source = number % ids.shape[0]
-        rows.append(torch.cat([ids[source][mask[source].bool()], torch.tensor(completion, device=ids.device)]))
-    width = max(map(len, rows))
-    pad_id = int(ids[mask == 0][0]) if bool((mask == 0).any()) else 0
-    joined = torch.stack([nn.functional.pad(row, (width - len(row), 0), value=pad_id) for row in rows])
-    real = torch.stack([torch.arange(width, device=ids.device) >= width - len(row) for row in rows]).to(mask.dtype)
-    twice = {key: torch.cat([value, value]) for key, value in pictures(inputs).items()}
-    forced = torch.tensor([len(c) for c in completions], device=ids.device)
-    return {**twice, "input_ids": joined, "attention_mask": real}, forced
+    """Left-padded prompts with their completions appended, positives first; and how many tokens were forced.
+
+    `token_type` is what token_type_ids say of an answer (1 for PaliGemma, whose answers attend causally).
+    """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    lengths = [len(completion) for completion in completions]
+    sources = [number % ids.shape[0] for number in range(len(completions))]
+    width = max(int(mask[source].sum()) + length for source, length in zip(sources, lengths, strict=True))
+    pad_id = int(ids[~mask][0]) if bool((~mask).any()) else 0
+
+    def joined(value: Tensor, behind: Callable[[Tensor, int], Tensor], fill: int) -> Tensor:
+        rows: list[Tensor] = []
+        for number, source in enumerate(sources):
+            row = torch.cat([value[source][mask[source]], behind(value[source], number)])
+            front = row.new_full((width - len(row), *row.shape[1:]), fill)
+            rows.append(torch.cat([front, row]))
+        return torch.stack(rows)
+
+    out: dict[str, Tensor] = {}
+    for key, value in inputs.items():
+        if key == "position_ids":
+            continue
+        if key == "input_ids":
+            out[key] = joined(value, lambda row, number: torch.tensor(completions[number], device=row.device), pad_id)
+        elif value.shape[:2] != ids.shape:
+            out[key] = torch.cat([value, value])
+        elif value.ndim == 2:
+            kind = {"attention_mask": 1, "token_type_ids": token_type}.get(key, 0)
+            out[key] = joined(value, lambda row, number, kind=kind: row.new_full((lengths[number],), kind), 0)
+        else:  # Mllama's cross-attention mask: what the last prompt token sees, its answer sees
+            out[key] = joined(value, lambda row, number: row[-1:].expand(lengths[number], *row.shape[1:]), 0)
+    return out, torch.tensor(lengths, device=ids.device)
+
+
+def continued(
+    inputs: Mapping[str, Tensor], ids: Int[Tensor, "row all"], alive: Bool[Tensor, "row new"], token_type: int = 0
+) -> dict[str, Tensor]:
+    """Inputs of a forward over a batch and what was sampled behind it; `alive` are the tokens that count."""
+    rows, width = inputs["input_ids"].shape
+    new = ids.shape[1] - width
+    out: dict[str, Tensor] = {}
+    for key, value in inputs.items():
+        if value.shape[:2] != (rows, width):
+            out[key] = value
+        elif value.ndim == 2:
+            out[key] = torch.cat([value, value.new_full((rows, new), token_type if key == "token_type_ids" else 0)], 1)
+        else:
+            out[key] = torch.cat([value, value[:, -1:].expand(-1, new, *value.shape[2:])], 1)
+    mask = inputs["attention_mask"]
+    return {**out, "input_ids": ids, "attention_mask": torch.cat([mask, alive.to(mask.dtype)], 1)}
 
 
 def until_eos(new: Int[Tensor, "row pos"], root: nn.Module) -> Bool[Tensor, "row pos"]:

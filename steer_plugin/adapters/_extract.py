@@ -11,80 +11,30 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache, ProcessorMixin
 
 from steer_plugin.adapters._call import mean_over
-from steer_plugin.adapters._completions import forced_inputs, pictures, right_padded, until_eos
+from steer_plugin.adapters._chat import chat_text, completion_ids
+from steer_plugin.adapters._completions import continued, forced_inputs, right_padded, until_eos
 from steer_plugin.adapters._hooks import hook_site
-from steer_plugin.adapters._inputs import chat_text, completion_ids, encode, with_positions
+from steer_plugin.adapters._inputs import encode, with_positions
 from steer_plugin.adapters._parts import ModelParts
+from steer_plugin.adapters._plan import Pair, Plan
 from steer_plugin.artefact import versions
 from steer_plugin.atomic import JSON
 from steer_plugin.context import Read
-from steer_plugin.errors import InputError, nearest
+from steer_plugin.errors import InputError
 from steer_plugin.positions import Positions
 from steer_plugin.sites import Site
 from steer_plugin.store import ShardWriter
-
-Target = Literal["last", "average_forced", "average_sampled"]
-TARGETS: tuple[Target, ...] = ("last", "average_forced", "average_sampled")
-# The authors' POPE script samples up to 100 new tokens, the first of which ends the forced ones.
-SAMPLED_TOKENS = 99
-
-
-def parse_target(name: str) -> Target:
-    """Return the target convention of that name.
-
-    Raises:
-        InputError: no such convention; the nearest is proposed.
-    """
-    for target in TARGETS:
-        if target == name:
-            return target
-    raise InputError(f"unknown target {name!r}.{nearest(name, TARGETS)} Known: {', '.join(TARGETS)}.")
-
-
-@runtime_checkable
-class Pair(Protocol):
-    """What extraction needs of a contrastive pair (see `steer_plugin.contrast.ContrastivePair`)."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def positive(self) -> str: ...
-    @property
-    def negative(self) -> str: ...
-    @property
-    def suffix(self) -> str: ...
-    @property
-    def behaviour(self) -> str: ...
-    @property
-    def user_text(self) -> str: ...
-    def load_images(self) -> tuple[Image.Image, ...]: ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where to read, what to pool, and how much at a time."""
-
-    write: Site
-    read: Site
-    context: Positions
-    target: Target
-    batch_size: int
-    seed: int
-    sampled_tokens: int = SAMPLED_TOKENS
 
 
 class _Stop(BaseException):
@@ -174,15 +124,18 @@ class Extraction:
                 self._prefill(inputs, contexts, cache=None)
             pooled = self._sampled(pairs[0].id, inputs, completions)
         else:
-            cache = DynamicCache(config=self.parts.root.config.get_text_config())
-            self._prefill(inputs, {} if suffixed else contexts, cache)
-            pooled = self._completed(inputs, completions, cache)
+            family = self.parts.family
+            shared = family.replay == "exact" and family.positions != "own"
+            cache = DynamicCache(config=self.parts.root.config.get_text_config()) if shared else None
+            if cache is not None or not suffixed:
+                self._prefill(inputs, {} if suffixed else contexts, cache)
+            pooled = self._joined(inputs, completions) if cache is None else self._completed(inputs, completions, cache)
         positive, negative = pooled.float().chunk(2)
         return positive - negative, contexts["context"]
 
     def _encode(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-        device = next(self.parts.root.parameters()).device
-        return with_positions(encode(self.processor, prompts, images, device))
+        device = self.parts.device
+        return with_positions(self.parts, encode(self.processor, prompts, images, device))
 
     def _layout_mask(self, inputs: Mapping[str, Tensor], positions: Positions) -> Bool[Tensor, "row pos"]:
         ids = inputs["input_ids"]
@@ -209,7 +162,7 @@ class Extraction:
         ids, real = right_padded(completions, inputs["input_ids"].device)
         prompt_mask = inputs["attention_mask"].repeat(2, 1)
         lengths = prompt_mask.sum(-1, keepdim=True)
-        cache.batch_select_indices(torch.arange(ids.shape[0], device=ids.device) % inputs["input_ids"].shape[0])
+        cache.batch_select_indices(torch.arange(ids.shape[0]) % inputs["input_ids"].shape[0])
         got: dict[str, Tensor] = {}
 
         def keep(hidden: Tensor) -> None:
@@ -226,6 +179,32 @@ class Extraction:
             )
         return got["pooled"]
 
+    def _joined(
+        self, inputs: Mapping[str, Tensor], completions: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "twice d_model"]:
+        """The plain way, for families whose cache or positions cannot be taken up again: each completion whole."""
+        full, forced = self._forced(inputs, completions)
+        width = full["input_ids"].shape[1]
+        behind = torch.arange(width, device=forced.device) >= width - forced[:, None]
+        got: dict[str, Tensor] = {}
+
+        def keep(hidden: Tensor) -> None:
+            got["pooled"] = self._pool(hidden, behind)
+
+        with self._reading({self.plan.write: keep}, self.plan.write):
+            self.parts.root(**with_positions(self.parts, full), use_cache=False, logits_to_keep=1)
+        return got["pooled"]
+
+    def _forced(
+        self, inputs: Mapping[str, Tensor], completions: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, Tensor], Int[Tensor, " row"]]:
+        return forced_inputs(inputs, completions, self._answer_type)
+
+    @property
+    def _answer_type(self) -> int:
+        """What token_type_ids say of an answer: PaliGemma's attend causally, and are marked for it."""
+        return int(self.parts.family.name == "paligemma")
+
     def _pool(self, hidden: Float[Tensor, "row pos d_model"], real: Bool[Tensor, "row pos"]) -> Tensor:
         if self.plan.target == "last":
             columns = torch.arange(real.shape[1], device=real.device)
@@ -239,18 +218,17 @@ class Extraction:
         completions: Sequence[Sequence[int]],
     ) -> Float[Tensor, "twice d_model"]:
         """The authors' way: force the opening, sample on, and average over everything behind the prompt."""
-        joined, forced = forced_inputs(inputs, completions)
+        joined, forced = self._forced(inputs, completions)
         key = f"{self.plan.seed}:{first}".encode()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
             ids = cast(Any, self.parts.root).generate(**joined, do_sample=True, max_new_tokens=self.plan.sampled_tokens)
         new = ids.shape[1] - joined["input_ids"].shape[1]
         alive = until_eos(ids[:, -new:], self.parts.root) if new else ids[:, :0].bool()
-        mask = torch.cat([joined["attention_mask"], alive.to(joined["attention_mask"].dtype)], 1)
+        full = with_positions(self.parts, continued(joined, ids, alive, self._answer_type))
         columns = torch.arange(ids.shape[1], device=ids.device)
-        behind = mask.bool() & (columns >= joined["input_ids"].shape[1] - forced[:, None])
+        behind = full["attention_mask"].bool() & (columns >= joined["input_ids"].shape[1] - forced[:, None])
         got: dict[str, Tensor] = {}
-        full = with_positions({**pictures(joined), "input_ids": ids, "attention_mask": mask})
 
         def keep(hidden: Tensor) -> None:
             got["pooled"] = mean_over(hidden, behind, Read(self.plan.write, Positions.parse("completion")))

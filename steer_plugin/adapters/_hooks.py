@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from steer_plugin.adapters._travel import managed
 from steer_plugin.sites import Site
 
 
@@ -48,12 +48,13 @@ class Sited(Protocol):
         ...
 
 
-@contextmanager
+@managed
 def hooked(ends: Callable[[Site], tuple[nn.Module, str]], run: Sited) -> Generator[None, None, None]:
     """Hook every site of a run; nothing is left behind, whatever happens inside."""
     handles: list[RemovableHandle] = []
     try:
-        for site in run.sites:
+        # Backwards: hooks go in front of each other, and two sites may be one module's output (attn_raw, attn_out).
+        for site in reversed(run.sites):
             module, end = ends(site)
             handles.append(hook_site(module, end, lambda hidden, site=site: run.at(site, hidden)))
         yield

@@ -12,40 +12,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import ProcessorMixin
 
+from steer_plugin.adapters._chat import chat_text, special_tokens
 from steer_plugin.adapters._parts import ModelParts
 from steer_plugin.errors import InputError
+from steer_plugin.pictures import picture_tokens
 
 Inputs = Mapping[str, Tensor]
-
-
-def chat_text(processor: ProcessorMixin, prompt: str, pictures: int) -> str:
-    """Render one user turn with its pictures and the open assistant turn through the processor's chat template."""
-    content: list[dict[str, str]] = [{"type": "image"} for _ in range(pictures)]
-    content.append({"type": "text", "text": prompt})
-    message = [{"role": "user", "content": content}]
-    # Declared for plain strings only; every processor takes the list of parts.
-    rendered = cast("Any", processor).apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return str(rendered)
-
-
-def completion_ids(processor: ProcessorMixin, prompt: str, completion: str, what: str) -> list[int]:
-    """Token ids of a forced completion as they stand behind the chat prompt.
-
-    Raises:
-        InputError: the tokenizer merges the completion into the prompt; names `what`.
-    """
-    tokenizer = cast("Any", processor).tokenizer
-    rendered = chat_text(processor, prompt, 0).rstrip()
-    before = tokenizer(rendered)["input_ids"]
-    after = tokenizer(f"{rendered} {completion}")["input_ids"]
-    eos = tokenizer.eos_token_id
-    before, after = (ids[:-1] if ids and ids[-1] == eos else ids for ids in (before, after))
-    if after[: len(before)] != before or len(after) == len(before):
-        raise InputError(
-            f"{what}: the completion {completion[:40]!r} does not stand apart from the prompt's tokens; begin it with "
-            "a word."
-        )
-    return list(after[len(before) :])
 
 
 def encode(
@@ -61,11 +33,19 @@ def encode(
             f"got {len(prompts)} prompts and {len(images)} lists of images; give one list for each prompt."
         )
     texts = [chat_text(processor, prompt, len(row)) for prompt, row in zip(prompts, images, strict=True)]
-    flat = [image for row in images for image in row]
-    # The processors' call signatures differ by family; all take these.
-    call = cast("Any", processor)
-    encoded = call(images=flat or None, text=texts, padding=True, padding_side="left", return_tensors="pt")
-    return {key: value.to(device) for key, value in encoded.items() if isinstance(value, Tensor)}
+    # The processors' call signatures differ by family; all take these. Pictures go row by row: a flat list would be
+    # read as one picture per prompt by some.
+    call, more = cast("Any", processor), special_tokens(processor, texts[0])
+    given = [list(row) for row in images] if any(images) else None
+    try:
+        encoded = call(images=given, text=texts, padding=True, padding_side="left", return_tensors="pt", **more)
+    except ValueError as error:
+        raise InputError(
+            f"{type(processor).__name__} refuses these prompts and pictures: {error} Prompts with and without pictures "
+            "may have to go apart."
+        ) from error
+    # PaliGemma's processor adds labels, for training.
+    return {key: value.to(device) for key, value in encoded.items() if isinstance(value, Tensor) and key != "labels"}
 
 
 def collate(rows: Sequence[Inputs], pad_token_id: int) -> dict[str, Tensor]:
@@ -89,8 +69,14 @@ def collate(rows: Sequence[Inputs], pad_token_id: int) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for key in rows[0]:
         parts = [row[key] for row in rows]
-        if parts[0].ndim == 2 and all(p.shape[:2] == r["input_ids"].shape for p, r in zip(parts, rows, strict=True)):
-            parts = [pad(p, (width - p.shape[1], 0), value=fill.get(key, 0)) for p in parts]
+        if all(p.ndim > 1 and p.shape[:2] == r["input_ids"].shape for p, r in zip(parts, rows, strict=True)):
+            front = [(0, 0) * (p.ndim - 2) + (width - p.shape[1], 0) for p in parts]
+            parts = [pad(p, room, value=fill.get(key, 0)) for p, room in zip(parts, front, strict=True)]
+        if len({p.shape[1:] for p in parts}) > 1:
+            raise InputError(
+                f"the rows' {key!r} have shapes {[tuple(p.shape) for p in parts]}, which do not stack (pictures of "
+                "different sizes?); encode all rows together: vlm.inputs(prompts, images)."
+            )
         out[key] = torch.cat(parts)
     return out
 
@@ -105,23 +91,21 @@ def check_inputs(parts: ModelParts, inputs: Mapping[str, object]) -> None:
     if not isinstance(ids, Tensor) or parts.image_token_id is None or inputs.get("past_key_values") is not None:
         return
     parts.check_pictures(ids, inputs)
-    per_picture = getattr(parts.root.config, "image_seq_length", None)
-    if not isinstance(pixels, Tensor) or not per_picture or not parts.family.fixed_image_tokens:
-        return
-    tokens = int((ids == parts.image_token_id).sum())
-    if tokens != pixels.shape[0] * per_picture:
+    asked = picture_tokens(parts.root.config, cast("Inputs", inputs)) if isinstance(pixels, Tensor) else None
+    given = int((ids == parts.image_token_id).sum())
+    if asked is not None and asked != given:
         raise InputError(
-            f"{pixels.shape[0]} images need {pixels.shape[0] * per_picture} image tokens ({per_picture} each), but the "
-            f"prompt has {tokens}; put one image placeholder into the text for each image."
+            f"the pictures need {asked} image tokens, but the prompt has {given}; put one image placeholder into the "
+            "text for each picture, and pass the processor's whole output."
         )
 
 
-def with_positions(inputs: Inputs) -> dict[str, Tensor]:
+def with_positions(parts: ModelParts, inputs: Inputs) -> dict[str, Tensor]:
     """Add the position_ids that `generate` would use to left-padded inputs, so that a plain forward agrees with it."""
-    out = dict(inputs)
+    out, first = dict(inputs), {"mask": 0, "mask+1": 1, "own": None}[parts.family.positions]
     mask = out.get("attention_mask")
-    if mask is not None and "position_ids" not in out and not bool(mask.all()):
-        out["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    if mask is not None and first is not None and "position_ids" not in out and not bool(mask.all()):
+        out["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0) + first
     return out
 
 

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal, cast
 
@@ -15,9 +14,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from steer_plugin.adapters._chat import header_tokens
+from steer_plugin.adapters._weights import execution_device, sample, stored, stored_version
 from steer_plugin.atomic import JSON
 from steer_plugin.errors import ArtefactError, FamilyError, InputError, SiteError
-from steer_plugin.families import Family, family_of
+from steer_plugin.families import family_of
+from steer_plugin.family import End, Family
 from steer_plugin.intervention import Intervention
 from steer_plugin.layout import TokenLayout
 from steer_plugin.positions import Positions
@@ -39,7 +41,9 @@ class ModelParts:
     d_model: int
     d_vision: int
     image_token_id: int | None
-    headers: tuple[tuple[int, ...], ...]
+    headers: tuple[tuple[int, ...], ...] | None
+    layer_kinds: tuple[str, ...]
+    signature: inspect.Signature
 
     @classmethod
     def of(cls, root: nn.Module, processor: ProcessorMixin | None) -> ModelParts:
@@ -70,43 +74,83 @@ class ModelParts:
             n_layers=n_layers,
             n_vision_layers=n_vision,
             d_model=int(config.get_text_config().hidden_size),
-            d_vision=int(getattr(vision, "hidden_size", 0)),
+            d_vision=int(getattr(vision, family.vision_width or "hidden_size", 0)),
             image_token_id=None if token is None else int(token),
-            headers=_header_tokens(family, processor),
+            headers=header_tokens(family, processor),
+            layer_kinds=_layer_kinds(root, family),
+            # nnsight wraps the instance's forward; the class still has the true signature.
+            signature=inspect.signature(type(root).forward),
         )
 
     @property
     def last_vision_layer(self) -> int:
         """The vision layer whose output becomes the picture's features."""
         taken = getattr(self.root.config, "vision_feature_layer", None)
-        if not isinstance(taken, int):
-            return self.n_vision_layers - 1
+        several = [taken] if isinstance(taken, int) else cast("list[int]", taken or [])
         # hidden_states counts the embeddings as 0, so entry k is the output of layer k - 1.
-        return (taken if taken >= 0 else self.n_vision_layers + 1 + taken) - 1
+        entries = [(k if k >= 0 else self.n_vision_layers + 1 + k) - 1 for k in several]
+        return max(entries, default=self.n_vision_layers - 1)
+
+    def point(self, site: Site) -> tuple[str, End]:
+        """Return (module path, "input" or "output") of a resolved site.
+
+        Raises:
+            SiteError: this model has no such place.
+        """
+        cross = not site.in_vision and site.layer is not None and self.layer_kinds[site.layer] == "cross_attention"
+        path, end = self.family.point(site, cross=cross)
+        try:
+            self.root.get_submodule(path)
+        except AttributeError as error:
+            raise SiteError(
+                f"family {self.family.name!r} has no {str(site)!r} in this model: there is no module {path!r}. Write "
+                "at another site, or register the family with the right module names."
+            ) from error
+        return path, end
 
     def resolve(self, site: Site) -> Site:
         """Return the site with a layer that this model has."""
         return site.resolve(self.n_layers, self.n_vision_layers)
+
+    def width(self, site: Site) -> int:
+        """Width of the tensor at a site."""
+        return self.d_vision if site.in_vision and site.kind != "projector" else self.d_model
 
     def identity(self) -> dict[str, JSON]:
         """What an artefact remembers of the model that it was made for."""
         name = str(getattr(self.root.config, "_name_or_path", "") or "")
         return {"family": self.family.name, "name": Path(name).name, "d_model": self.d_model, "n_layers": self.n_layers}
 
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the embedding's device, also while accelerate keeps its weights elsewhere."""
+        return execution_device(self.root.get_submodule(self.embedding)) or self.root.device
+
     def fingerprint(self) -> str:
-        """Digest of a few numbers of each parameter: tells weights apart that share a name, without reading all."""
+        """Digest of a few numbers of each parameter: tells weights apart that share a name, without reading all.
+
+        Offloading changes nothing about it; quantisation does.
+        """
         digest = hashlib.sha256()
         for name, parameter in self.root.named_parameters():
-            digest.update(name.encode())
-            if parameter.is_meta:  # offloaded: not in memory
-                continue
-            digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
+            # TransformerLens puts its wrappers into the model itself; the weights are the same.
+            digest.update(name.replace("._original_component", "").encode())
+            weight = stored(self.root, name) if parameter.is_meta else parameter
+            if weight is not None:
+                digest.update(sample(weight))
         return digest.hexdigest()
 
     def version(self) -> tuple[int, int]:
-        """Two numbers that change when a weight is changed or replaced; costs no look at the weights."""
+        """Two numbers that change when a weight is changed or replaced; costs no look at the weights.
+
+        A file of offloaded weights that is changed on disk goes unnoticed.
+        """
         address, changes = 0, 0
-        for parameter in self.root.parameters():
+        for name, parameter in self.root.named_parameters():
+            if parameter.is_meta:  # accelerate makes another object at every forward
+                own, count = stored_version(self.root, name)
+                address, changes = address ^ own, changes + count
+                continue
             address ^= hash((id(parameter), parameter.data_ptr()))
             changes += 0 if parameter.is_inference() else parameter._version
         return address, changes
@@ -128,10 +172,10 @@ class ModelParts:
                         f"{here[key]!r}. Fit it again on this model."
                     )
             site = self.resolve(write.site)
-            self._check_there(site)
+            self.point(site)
             self.check_positions(site, write.positions)
             self._check_reaches(site)
-            width = self.d_vision if site.in_vision and site.kind != "projector" else self.d_model
+            width = self.width(site)
             if write.width is not None and write.width != width:
                 raise InputError(
                     f"steering vector of width {write.width} cannot be written at {site}: the model has {width} there. "
@@ -143,18 +187,7 @@ class ModelParts:
                         f"an intervention cannot read at {read.site}: generate encodes pictures before the forward "
                         "that is steered; read resid_pre(0) on 'image' instead."
                     )
-                self._check_there(self.resolve(read.site))
-
-    def _check_there(self, site: Site) -> None:
-        """Refuse a place that the family's record names and this very model does not have."""
-        path, _ = self.family.point(site)
-        try:
-            self.root.get_submodule(path)
-        except AttributeError as error:
-            raise SiteError(
-                f"family {self.family.name!r} has no {str(site)!r} in this model: there is no module {path!r}. Write "
-                "at another site, or register the family with the right module names."
-            ) from error
+                self.point(self.resolve(read.site))
 
     def _check_reaches(self, site: Site) -> None:
         """Vision layers behind the one whose features are taken change nothing."""
@@ -179,11 +212,9 @@ class ModelParts:
 
     def bind(self, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
         """Name the arguments of a root forward."""
-        # nnsight wraps the instance's forward; the class still has the true signature.
-        signature = _signature(type(self.root))
-        bound = signature.bind_partial(self.root, *args, **kwargs)
+        bound = self.signature.bind_partial(self.root, *args, **kwargs)
         named = dict(bound.arguments)
-        for extra in (p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD):
+        for extra in (p.name for p in self.signature.parameters.values() if p.kind is p.VAR_KEYWORD):
             named.update(cast("dict[str, object]", named.pop(extra, {})))
         return named
 
@@ -225,24 +256,16 @@ class ModelParts:
             )
 
 
-@cache
-def _signature(kind: type[PreTrainedModel]) -> inspect.Signature:
-    """Signature of a model class's forward; taken once, not for every token."""
-    return inspect.signature(kind.forward)
-
-
-def _header_tokens(family: Family, processor: ProcessorMixin | None) -> tuple[tuple[int, ...], ...]:
-    """Token ids of the assistant header, with and without the space that chat templates put before it."""
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None:
-        return ()
-    found: list[tuple[int, ...]] = []
-    for text in family.assistant_headers:
-        for variant in (text, f" {text}"):
-            ids = tuple(cast("list[int]", tokenizer(variant, add_special_tokens=False)["input_ids"]))
-            if ids and ids not in found:
-                found.append(ids)
-    return tuple(found)
+def _layer_kinds(root: PreTrainedModel, family: Family) -> tuple[str, ...]:
+    """What each decoder layer attends to: "full_attention", "sliding_attention" or "cross_attention"."""
+    layers = list(root.get_submodule(family.layers).children())
+    named = cast("list[str] | None", getattr(root.config.get_text_config(), "layer_types", None))
+    kinds = named if named is not None and len(named) == len(layers) else ["full_attention"] * len(layers)
+    cross = family.cross_attention
+    return tuple(
+        "cross_attention" if cross is not None and hasattr(layer, cross) else kind
+        for layer, kind in zip(layers, kinds, strict=True)
+    )
 
 
 Framework = Literal["nnsight", "transformer_lens", "torch"]

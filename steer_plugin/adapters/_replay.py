@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from steer_plugin.adapters._call import Forward
+from steer_plugin.adapters._columns import can_part, columns, tokens_of
 from steer_plugin.adapters._run import Run
 
 # Runs the decoder so that the run's sites fire and the user's framework does not count it as a pass of its own.
@@ -51,8 +52,7 @@ class Replay:
             return None
         if forward.stop != forward.call.width or forward.call.resolved:
             return None
-        embeds = kwargs.get("inputs_embeds")
-        replayed = isinstance(embeds, Tensor) and _can_replay(run, forward, kwargs)
+        replayed = tokens_of(kwargs) is not None and _can_replay(run, forward, kwargs)
         out: BaseModelOutputWithPast | None = None
         groups = run.late_groups
         for number, group in enumerate(groups):
@@ -63,15 +63,12 @@ class Replay:
                 out = call(*args, **inner)
         forward.call.resolved = True
         cache = kwargs.get("past_key_values")
-        if not replayed or out is None or not isinstance(embeds, Tensor) or not isinstance(cache, DynamicCache):
+        if not replayed or out is None or not isinstance(cache, DynamicCache):
             return None
         cache.crop(-1)
         self._prefix = out.last_hidden_state
         run.forward = Forward(forward.call, forward.stop - 1, forward.stop)
-        cut: dict[str, object] = {"inputs_embeds": embeds[:, -1:]}
-        if isinstance(position_ids := kwargs.get("position_ids"), Tensor):
-            cut["position_ids"] = position_ids[..., -1:]
-        return args, {**kwargs, **cut}
+        return args, columns(kwargs, -1, None)
 
     def _after(self, output: object) -> object:
         run = self._run()
@@ -86,12 +83,11 @@ class Replay:
 def _can_replay(run: Run, forward: Forward, kwargs: dict[str, object]) -> bool:
     """Whether the context pass can serve as the prefill: only the last column, in every row, changes afterwards."""
     call = forward.call
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     if any(write.unsteered for write in run.writes):
         return False  # the twin's stream parts from the steered one; `Twins` shares the prefix itself
-    if captures(kwargs) or run.parts.family.replay != "exact" or type(cache) is not DynamicCache or call.width < 2:
+    if captures(kwargs) or run.parts.family.replay != "exact" or call.width < 2:
         return False
-    if isinstance(mask, Tensor) and mask.ndim != 2:
+    if not can_part(kwargs, kwargs.get("past_key_values")):
         return False
     touched = [run.writes[index].positions for index in run.late]
     touched += [read.positions for i, write in enumerate(run.writes) if i not in run.late for read in write.reads]

@@ -6,7 +6,6 @@ Adapters differ only in how a tensor gets from its module to `Run.at(site, hidde
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import TypeAlias
 
@@ -18,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from steer_plugin.adapters._call import Call, Forward, Tap
 from steer_plugin.adapters._follow import Follower
 from steer_plugin.adapters._parts import ModelParts
+from steer_plugin.adapters._travel import managed
 from steer_plugin.context import Aside, AsideTokens, Context
 from steer_plugin.errors import FrameworkError, PositionError
 from steer_plugin.intervention import Intervention, Write, expand_rows
@@ -48,7 +48,8 @@ class Run(Follower):
         *,
         single_forward: bool = False,
     ) -> None:
-        super().__init__(parts, intervention, taps, completion_tokens, single_forward=single_forward)
+        # Not super(): nnsight ships a function as source, without the cell that super() looks into.
+        Follower.__init__(self, parts, intervention, taps, completion_tokens, single_forward=single_forward)
         self.riding = 0
         self.recording: dict[Site, Tensor] | None = None
         self.recorded: Mapping[Site, Tensor] = {}
@@ -71,7 +72,7 @@ class Run(Follower):
         }
         self._recorded_at = {write.site for write in self.writes if write.unsteered or write.asides}
 
-    @contextmanager
+    @managed
     def context_pass(self, group: tuple[int, ...]) -> Generator[None, None, None]:
         """While open, forwards serve the late reads of a group, left out with the late writes not yet known."""
         late = self.late
@@ -101,10 +102,12 @@ class Run(Follower):
                     "'generated' starts with the first token fed back."
                 )
 
-    def at(self, site: Site, hidden: Stream) -> Stream:
+    def at(self, site: Site, hidden: Tensor) -> Tensor:
         """Do what is asked for at a site: reads, then writes, then the user's taps; return the tensor to go on with."""
         if self.paused:
             return hidden
+        if hidden.ndim != 3:  # Qwen's towers pack all patches into one row, Mllama's projector has an axis of tiles
+            return self.at(site, hidden.reshape(-1, *hidden.shape[-2:])).reshape(hidden.shape)
         if self.recording is not None:
             if site in self._recorded_at:
                 self.recording[site] = hidden.detach()
@@ -164,17 +167,21 @@ class Run(Follower):
                 return out
             if not self.nested:
                 self._count(index, forward, mask)
-            context = self._context(index, write, forward, rows, mask)
+            context = self._context(index, write, forward, hidden, mask)
             context.unsteered = twins if write.unsteered else None
         alpha = write.alpha_at(context.step)
         if isinstance(alpha, (int, float)) and alpha == 0 and write.kind == "add":
             return out
-        change = write.delta(hidden, context)
+        # Layers may lie on several devices: what was made elsewhere goes where it is added.
+        change = write.delta(hidden, context).to(out.device)
+        mask = mask.to(out.device) if isinstance(mask, Tensor) else mask
         if write.kind == "replace":
-            new = change.to(out).expand_as(out)
+            new = change.to(out.dtype).expand_as(out)
         else:
+            if isinstance(alpha, Tensor) and (alpha.ndim or not alpha.is_cpu):
+                alpha = alpha.to(out.device)
             if isinstance(alpha, Tensor) and alpha.ndim:
-                alpha = expand_rows(alpha.to(hidden.device), rows, "strengths")
+                alpha = expand_rows(alpha, rows, "strengths")
                 # A row of strength 0 keeps its bits: even adding +0.0 would turn -0.0 into 0.0.
                 mask = (alpha != 0)[:, None].expand(rows, hidden.shape[1]) & mask
                 alpha = alpha[:, None, None]
@@ -182,11 +189,12 @@ class Run(Follower):
         return new if mask is True else torch.where(torch.as_tensor(mask)[..., None], new, out)
 
     def _context(
-        self, index: int, write: Write, forward: Forward, rows: int, mask: Bool[Tensor, "row pos"] | bool
+        self, index: int, write: Write, forward: Forward, hidden: Stream, mask: Bool[Tensor, "row pos"] | bool
     ) -> Context:
-        """What the delta of a write may look at."""
-        call = forward.call
-        reads = tuple(expand_rows(call.values[index, read], rows, "contexts") for read in write.reads)
+        """What the delta of a write may look at, on the device of the stream that it is shown."""
+        call, rows = forward.call, hidden.shape[0]
+        values = (call.values[index, read].to(hidden.device) for read in write.reads)
+        reads = tuple(expand_rows(value, rows, "contexts") for value in values)
         context = Context(reads, forward.step, rows, call.memory.setdefault(index, {}))
         if write.asides:
             if index not in call.asides:
@@ -201,9 +209,9 @@ class Run(Follower):
         if aside.picture == "input":
             return call.pictured[aside][site]
         texts = [self.asides[text, aside.form][site] for text in aside.texts]
-        lengths = torch.tensor([len(text) for text in texts], device=texts[0].device)
-        real = torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
         tokens = pad_sequence(texts, batch_first=True)
+        lengths = torch.tensor([len(text) for text in texts], device=tokens.device)
+        real = torch.arange(tokens.shape[1], device=tokens.device)[None] < lengths[:, None]
         if len(texts) == 1:
             return AsideTokens(tokens, real)
         return AsideTokens(expand_rows(tokens, rows, "prompt pairs"), expand_rows(real, rows, "prompt pairs"))

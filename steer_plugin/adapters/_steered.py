@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from steer_plugin.adapters._hooks import hooked
 from steer_plugin.adapters._parts import Framework, ModelParts
 from steer_plugin.adapters._replay import QuietCall, install_replay
 from steer_plugin.adapters._run import Run
+from steer_plugin.adapters._travel import managed
 from steer_plugin.adapters._twins import install_twins
 from steer_plugin.intervention import Intervention, Steerable
 from steer_plugin.sites import Site
@@ -67,7 +68,7 @@ class SteeredModel(ABC):
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return next(self.parts.root.parameters()).device
+        return self.parts.device
 
     # -- what an adapter says ------------------------------------------------------------------------------------
 
@@ -87,12 +88,12 @@ class SteeredModel(ABC):
     def _forward(self, steered: Any, inputs: Mapping[str, Any]) -> None:
         """One forward on what `lowered` yields."""
 
-    @contextmanager
+    @managed
     def quiet(self, run: Run) -> Generator[QuietCall, None, None]:
         """Yield a way to call the decoder inside a forward so that the run's sites fire."""
         yield self.parts.decoder
 
-    @contextmanager
+    @managed
     def _reading(self, reader: Reader) -> Generator[tuple[Callable[..., Tensor], Callable[..., object]], None, None]:
         """Put a reader in place of whatever steers; yields the embedding and the decoder."""
         outer = self._run
@@ -129,7 +130,7 @@ class SteeredModel(ABC):
 
     # -- way 2: around any call ----------------------------------------------------------------------------------
 
-    @contextmanager
+    @managed
     def steering(
         self, *steering: Steerable, completion_tokens: int | Sequence[int] | None = None
     ) -> Generator[Any, None, None]:
@@ -149,7 +150,7 @@ class SteeredModel(ABC):
         finally:
             self._stack.pop()
 
-    @contextmanager
+    @managed
     def steering_root(
         self, *steering: Steerable, completion_tokens: int | Sequence[int] | None = None
     ) -> Generator[nn.Module, None, None]:
@@ -162,7 +163,7 @@ class SteeredModel(ABC):
         with self._installed(run, plainly=True):
             yield self.parts.root
 
-    @contextmanager
+    @managed
     def _installed(self, run: Run, *, check: bool = False, plainly: bool = False) -> Generator[Any, None, None]:
         """Put a run in force in place of the one that was, and that one back afterwards."""
         outer, self._run, self._last = self._run, run, run

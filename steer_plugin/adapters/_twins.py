@@ -16,17 +16,15 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from steer_plugin.adapters._call import Call, Forward
+from steer_plugin.adapters._columns import Kwargs, can_part, columns, tokens_of, twice
 from steer_plugin.adapters._replay import Quiet, captures
 from steer_plugin.adapters._run import Run
 from steer_plugin.errors import FrameworkError
-
-Kwargs = dict[str, object]
 
 
 class Twins:
@@ -58,8 +56,8 @@ class Twins:
 
     def _before(self, args: tuple[object, ...], kwargs: Kwargs) -> tuple[tuple[object, ...], Kwargs] | None:
         run, forward = self.run, self.run.forward
-        embeds = kwargs.get("inputs_embeds")
-        if run.paused or run.recording is not None or forward is None or not isinstance(embeds, Tensor):
+        tokens = tokens_of(kwargs)
+        if run.paused or run.recording is not None or forward is None or tokens is None:
             return None
         self._prefix = None
         call, given = forward.call, kwargs.get("past_key_values")
@@ -75,10 +73,10 @@ class Twins:
             first = self._first_written(call)
             if first == call.width:
                 return None  # nothing differs yet; the first token fed back starts the twin from this very cache
-            if cache is not None and self._can_share(first, embeds, kwargs):
+            if cache is not None and self._can_share(first, tokens, kwargs):
                 kwargs = self._share(first, forward, args, kwargs)
         if call.riding and not run.nested:
-            return args, self._with_rows(kwargs, embeds.shape[0], cache)
+            return args, self._with_rows(kwargs, tokens.shape[0], cache)
         self._pass_of_its_own(args, kwargs, call, cache)
         return args, kwargs
 
@@ -107,29 +105,22 @@ class Twins:
         touched = torch.stack([call.prompt_mask(one).any(0) for one in positions]).any(0)
         return int(touched.int().argmax()) if bool(touched.any()) else call.width
 
-    def _can_share(self, first: int, embeds: Tensor, kwargs: Kwargs) -> bool:
+    def _can_share(self, first: int, tokens: Tensor, kwargs: Kwargs) -> bool:
         """Whether the columns before the first written one can run apart, into the given cache."""
-        mask, run = kwargs.get("attention_mask"), self.run
-        if (
-            first == 0
-            or run.taps
-            or captures(kwargs)
-            or run.parts.family.replay != "exact"
-            or run.forward is None
-            or run.forward.start
-        ):
+        run = self.run
+        if first == 0 or run.taps or captures(kwargs) or run.forward is None or run.forward.start:
             return False
-        if type(kwargs.get("past_key_values")) is not DynamicCache or (isinstance(mask, Tensor) and mask.ndim != 2):
+        if run.parts.family.replay != "exact" or not can_part(kwargs, kwargs.get("past_key_values")):
             return False
         if not torch.is_grad_enabled():
             return True
         # They run without gradients, which is right only if nothing in them could want one.
-        return not embeds.requires_grad and not any(p.requires_grad for p in run.parts.decoder.parameters())
+        return not tokens.requires_grad and not any(p.requires_grad for p in run.parts.decoder.parameters())
 
     def _share(self, first: int, forward: Forward, args: tuple[object, ...], kwargs: Kwargs) -> Kwargs:
         """Run columns [0, first) once, without writes, and go on with the others."""
         run, mask = self.run, kwargs.get("attention_mask")
-        head = {**_columns(kwargs, slice(None, first)), "use_cache": True}
+        head = {**columns(kwargs, None, first), "use_cache": True}
         if isinstance(mask, Tensor):
             head["attention_mask"] = mask[:, :first]
         run.paused = True
@@ -139,7 +130,7 @@ class Twins:
         finally:
             run.paused = False
         run.forward = replace(forward, start=first)
-        return _columns(kwargs, slice(first, None))
+        return columns(kwargs, first, None)
 
     # -- the two ways to run a twin ------------------------------------------------------------------------------
 
@@ -152,7 +143,7 @@ class Twins:
             self._doubled[cache] = rows
             _reorder_both(cache)
         self.run.riding = rows
-        return {name: _twice(name, value, rows) for name, value in kwargs.items()}
+        return twice(kwargs, rows)
 
     def _pass_of_its_own(
         self, args: tuple[object, ...], kwargs: Kwargs, call: Call, cache: DynamicCache | None
@@ -195,24 +186,6 @@ def _own_rows(value: object, rows: int) -> object:
     return value[:rows] if isinstance(value, Tensor) else value
 
 
-def _columns(kwargs: Kwargs, columns: slice) -> Kwargs:
-    """Cut the tensors that have one entry per column of this forward; the attention mask covers the cache as well."""
-    cut = dict(kwargs)
-    for name in ("inputs_embeds", "position_ids"):
-        value = kwargs.get(name)
-        if isinstance(value, Tensor):
-            cut[name] = value[:, columns] if name == "inputs_embeds" else value[..., columns]
-    return cut
-
-
-def _twice(name: str, value: object, rows: int) -> object:
-    """Repeat a tensor of the batch for its twins; what has one row for all stays."""
-    if not isinstance(value, Tensor) or value.ndim < 2:
-        return value
-    dim = value.ndim - 2 if name == "position_ids" else 0  # position_ids may have an axis for mRoPE in front
-    return torch.cat([value, value], dim) if value.shape[dim] == rows else value
-
-
 def _forked(cache: DynamicCache) -> DynamicCache:
     """Return a second cache that shares what the first holds; growing one leaves the other alone."""
     fork = copy.copy(cache)
@@ -224,7 +197,8 @@ def _reorder_both(cache: DynamicCache) -> None:
     """Let beams move steered rows and twins alike: `generate` knows of the first half only."""
     me = weakref.ref(cache)
 
-    def reorder(beam_idx: Int[Tensor, " row"]) -> None:
+    # beam_idx is (row,); a jaxtyping name inside a function would travel with a remote request.
+    def reorder(beam_idx: Tensor) -> None:
         if (own := me()) is not None:
             both = torch.cat([beam_idx, beam_idx + beam_idx.shape[0]])
             type(own).reorder_cache(own, cast("torch.LongTensor", both))

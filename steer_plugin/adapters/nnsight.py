@@ -10,25 +10,42 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import nnsight
+from nnsight import NNsight, TransformersModel
+from nnsight.intervention.batching import Batcher
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import OutOfOrderError
+from nnsight.intervention.iterator import Iterations
+from nnsight.intervention.tracer import InterleavingTracer
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 
 from steer_plugin.adapters._attached import AttachedModel
 from steer_plugin.adapters._hooks import hooked
 from steer_plugin.adapters._parts import Framework
 from steer_plugin.adapters._replay import QuietCall
 from steer_plugin.adapters._run import Run
+from steer_plugin.adapters._steered import SteeredModel
+from steer_plugin.adapters._travel import managed
 from steer_plugin.errors import FrameworkError
-from steer_plugin.intervention import Steerable
+from steer_plugin.intervention import Intervention, Steerable, Write
 from steer_plugin.sites import Site
 
+# A request carries the source of registered packages only; without this line a server raises ModuleNotFoundError.
+nnsight.register("steer_plugin")
+TASK = "image-text-to-text"
 
-class NNsightAttached(AttachedModel):
-    """An nnsight `TransformersModel`, or `NNsight` around a Hugging Face model."""
+
+def wrap(model: nn.Module, processor: ProcessorMixin | None = None) -> Envoy:
+    """Wrap a Hugging Face model: a TransformersModel where there is a processor, else a bare NNsight."""
+    # Without `task` it infers text-generation.
+    return NNsight(model) if processor is None else TransformersModel(model, task=TASK, processor=processor)
+
+
+class NNsightLowering(SteeredModel):
+    """What acts inside a block, and all of an attached model that travels with a remote request."""
 
     framework: ClassVar[Framework] = "nnsight"
 
@@ -36,9 +53,16 @@ class NNsightAttached(AttachedModel):
         own = getattr(model, "processor", None)
         # The envoy has no public name for the module that it wraps.
         root: nn.Module = model._module  # pyright: ignore[reportPrivateUsage]
-        super().__init__(model, root, processor if processor is not None else own)
+        SteeredModel.__init__(self, model, root, processor if processor is not None else own)
         self.envoy = model
+        if root.device.type == "meta" and self.parts.device.type != "meta":
+            raise FrameworkError(
+                "nnsight sends inputs to the device of the model's first parameter, and accelerate keeps that one "
+                "elsewhere (cpu_offload, disk_offload). Give a device_map that leaves the vision tower in memory, or "
+                "attach the plain Hugging Face model."
+            )
         self._running: tuple[tuple[object, ...], dict[str, object]] | None = None
+        self._blocks: list[tuple[weakref.ref[Run], weakref.ref[Batcher]]] = []
         self._notice_forwards()
 
     def _notice_forwards(self) -> None:
@@ -47,11 +71,13 @@ class NNsightAttached(AttachedModel):
 
         def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if (vlm := me()) is not None:
+                vlm._pause_blocks()
                 vlm._running = (args, kwargs)
 
         def after(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             if (vlm := me()) is not None:
                 vlm._running = None
+                vlm._drop_blocks()
 
         root = self.parts.root
         for handle in (
@@ -62,7 +88,7 @@ class NNsightAttached(AttachedModel):
 
     def ends(self, site: Site) -> tuple[nn.Module, str]:
         """Module and end where the tensor of a resolved site passes."""
-        path, end = self.parts.family.point(site)
+        path, end = self.parts.point(site)
         return self.parts.root.get_submodule(path), end
 
     # -- lowering ------------------------------------------------------------------------------------------------
@@ -70,7 +96,7 @@ class NNsightAttached(AttachedModel):
     def once(self, run: Run, sites: Sequence[Site]) -> None:
         """Read and assign sites of one forward; runs inside an nnsight block."""
         for site in sites:
-            path, end = self.parts.family.point(site)
+            path, end = self.parts.point(site)
             envoy = self.envoy.get(path)
             if end == "input":
                 envoy.input = run.at(site, envoy.input)
@@ -81,7 +107,7 @@ class NNsightAttached(AttachedModel):
             else:
                 envoy.output = run.at(site, output)
 
-    def every_forward(self, run: Run, tracer: Any) -> None:
+    def every_forward(self, run: Run, steps: Iterations) -> None:
         """Do `once` for each forward of a generation.
 
         nnsight ends an open `tracer.iter[:]` loop by throwing OutOfOrderError into it; caught here after the first
@@ -90,7 +116,7 @@ class NNsightAttached(AttachedModel):
         sites = run.sites
         first = True
         try:
-            for _ in tracer.iter[:]:
+            for _ in steps[:]:
                 self.once(run, sites)
                 if first:
                     # Pictures are encoded once: later steps have no vision sites to wait for.
@@ -102,16 +128,16 @@ class NNsightAttached(AttachedModel):
             if first:
                 raise
 
-    @contextmanager
+    @managed
     def lowered(self, run: Run) -> Generator[SteeredEnvoy, None, None]:
         """Store the loop as an edit of a copy of the model; yields a proxy whose plain call traces."""
-        model = self.envoy
+        model, edit = self.envoy, _Edit(self, run.writes, run.completion_tokens, run)
         # Typed as if `inplace` were set; without it the block binds a pair.
-        with model.edit() as (tracer, edited):  # pyright: ignore[reportGeneralTypeIssues]
-            self.every_forward(run, tracer)
+        with model.edit() as (_, edited):  # pyright: ignore[reportGeneralTypeIssues]
+            edit.act()
         yield SteeredEnvoy(edited, self.parts.root)
 
-    @contextmanager
+    @managed
     def quiet(self, run: Run) -> Generator[QuietCall, None, None]:
         """Yield the decoder's envoy: called plainly it stands nnsight down, so no step of the user's is spent."""
         with hooked(self.ends, run):
@@ -140,23 +166,90 @@ class NNsightAttached(AttachedModel):
         Give generation its own empty `tracer.invoke()`: the loop over steps never returns to the lines after it.
 
         Raises:
-            FrameworkError: a late read needs more than one pass.
+            FrameworkError: a late read needs more than one pass, or this is no block.
         """
         run = self.one_pass(steering, single_forward=tracer is None)
-        run.watch()
-        self.equip(run)
-        if self._running is not None:
-            run.begin(*self._running)
+        self.follow(run)
         if tracer is None:
             self.once(run, run.sites)
         else:
-            self.every_forward(run, tracer)
+            self.every_forward(run, cast("InterleavingTracer", tracer).iter)
+
+    one_pass = AttachedModel.one_pass
+
+    def follow(self, run: Run) -> None:
+        """Put a run in force until the present trace is over.
+
+        Raises:
+            FrameworkError: there is none.
+        """
+        trace = self.envoy.interleaver.batcher  # each trace has its own
+        if trace is None:
+            raise FrameworkError(
+                "apply() was called outside a block: write it inside `with model.trace(...):` or in an invoke of "
+                "model.generate(...), or use `with vlm.steering(...) as steered:` around the call."
+            )
+        run.watch()
+        self.equip(run)
+        self._blocks.append((weakref.ref(run), weakref.ref(trace)))
+        if self._running is not None:
+            run.begin(*self._running)
+
+    def _pause_blocks(self) -> None:
+        """Stop runs of traces that are over: a traceback, or a server, may keep a block's variables longer."""
+        trace = self.envoy.interleaver.batcher
+        for kept, own in self._blocks:
+            if (trace is None or own() is not trace) and (run := kept()) is not None:
+                run.paused = True
+
+    def _drop_blocks(self) -> None:
+        """Remove the hooks of stopped runs; not before a forward, when torch has already gathered them to be called."""
+        runs = [(run, block) for block in self._blocks if (run := block[0]()) is not None]
+        for run, _ in runs:
+            if run.paused:
+                run.close()
+        self._blocks = [block for run, block in runs if not run.paused]
 
     def _generate(self, steered: SteeredEnvoy, inputs: Mapping[str, Any]) -> Tensor:
         return steered.run_generate(**inputs)
 
     def _forward(self, steered: SteeredEnvoy, inputs: Mapping[str, Any]) -> None:
         steered(**inputs, logits_to_keep=1)
+
+
+class NNsightAttached(NNsightLowering, AttachedModel):
+    """An nnsight `TransformersModel`, or `NNsight` around a Hugging Face model."""
+
+    def __reduce__(self) -> tuple[type[NNsightLowering], tuple[Envoy, Any]]:
+        """Travel as what is to be attached: nnsight puts the server's model in the envoy's place."""
+        own = getattr(self.envoy, "processor", None)
+        return NNsightLowering, (self.envoy, None if self.processor is own else self.processor)
+
+
+class _Edit:
+    """What an edit does in every trace; with a remote request go its writes, and each trace there has its own run."""
+
+    def __init__(
+        self,
+        vlm: NNsightLowering,
+        writes: tuple[Write, ...],
+        completion_tokens: int | Sequence[int] | None,
+        run: Run | None = None,
+    ) -> None:
+        self.vlm, self.writes, self.completion_tokens, self.run = vlm, writes, completion_tokens, run
+
+    def __reduce__(self) -> tuple[type[_Edit], tuple[object, ...]]:
+        """Leave the run behind: it hangs on this process's model."""
+        return _Edit, (self.vlm, self.writes, self.completion_tokens)
+
+    def act(self) -> None:
+        """Steer every forward of the trace that is about to start."""
+        run = self.run
+        if run is None:
+            run = Run(self.vlm.parts, Intervention(self.writes), completion_tokens=self.completion_tokens)
+            self.vlm.follow(run)
+        # Not `tracer.iter`: the tracer of a stored edit has lost its frame and cannot be serialised.
+        self.vlm.every_forward(run, Iterations())
 
 
 class SteeredEnvoy:
@@ -189,7 +282,17 @@ class SteeredEnvoy:
 
 
 def _traced(edited: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run one traced call and return what it returned."""
+    """Run one traced call and return what it returned.
+
+    Raises:
+        FrameworkError: asked to run elsewhere.
+    """
+    if kwargs.get("remote"):
+        raise FrameworkError(
+            f"remote={kwargs['remote']!r} needs a block that you write: nnsight sends its source and brings back what "
+            "it saves. Use `with vlm.steering(...) as steered:` and inside it `with steered.trace(**inputs, "
+            "remote=True):`, or steering.apply(vlm) in a block of the model's own."
+        )
     kept: list[Any] = []
     with edited.trace(*args, **kwargs) as tracer:
         kept.append(tracer.result)

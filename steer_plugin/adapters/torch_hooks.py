@@ -22,7 +22,7 @@ class HookedAttached(AttachedModel):
 
     def ends(self, site: Site) -> tuple[nn.Module, str]:
         """Module and end ("input" or "output") where the tensor of a resolved site passes."""
-        path, end = self.parts.family.point(site)
+        path, end = self.parts.point(site)
         return self.parts.root.get_submodule(path), end
 
     @contextmanager

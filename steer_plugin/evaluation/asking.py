@@ -1,12 +1,18 @@
-"""Asking a model many things under many methods: greedy answers in batches, appended to disk, resumed after a kill."""
+"""Asking a model many things under many methods: answers in batches, appended to disk, resumed after a kill.
+
+Answers are greedy; `Sampling` draws them instead, as the Learning-to-Steer authors' POPE run does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
+import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -44,6 +50,10 @@ class Asked(Protocol):
 
 A = TypeVar("A", bound=Asked)
 
+# Enough for "Yes, there is a ... in the image."; the authors' POPE script lets an answer run to 128 tokens.
+ANSWER_TOKENS = 12
+AUTHORS_TOKENS = 128
+
 
 @dataclass(frozen=True)
 class Method:
@@ -53,6 +63,56 @@ class Method:
     steering: Callable[[Sequence[str]], Steerable | None] = lambda ids: None
     prefix: str = ""
     note: Mapping[str, JSON] | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn at random; the defaults are what `do_sample=True` alone means to Hugging Face.
+
+    Source: the L2S authors' POPE script, which says `do_sample=True` and seed 0 and leaves the rest to the generation
+    config of the model; `as_authors` reads it there.
+
+    Raises:
+        InputError: a value that cannot be sampled with.
+    """
+
+    seed: int = 0
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse, before any question is asked, what `generate` would choke on."""
+        for name, value, fine, expected in (
+            ("temperature", self.temperature, 0 < self.temperature < float("inf"), "a finite number above 0"),
+            ("top_k", self.top_k, self.top_k >= 0, "a whole number from 0 (no limit) up"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0, up to 1 (no limit)"),
+        ):
+            if not fine:
+                raise InputError(f"sampling with {name}={value!r} is not possible: expected {expected}.")
+
+    @classmethod
+    def as_authors(cls, vlm: AttachedModel, seed: int = 0) -> Sampling:
+        """Return what `do_sample=True` alone means for this model: its generation config, else the defaults."""
+        config = vlm.parts.root.generation_config
+        named = {name: getattr(config, name, None) for name in ("temperature", "top_k", "top_p")}
+        return cls(seed, **{name: value for name, value in named.items() if value is not None})
+
+    def as_json(self) -> dict[str, JSON]:
+        """Every setting, seed included."""
+        return asdict(self)
+
+    @contextmanager
+    def drawing(self, batch: str, device: torch.device) -> Generator[dict[str, object], None, None]:
+        """Draw from this seed and the batch alone, and leave the caller's random state as it was.
+
+        Yields the keywords for `generate`. Every method draws from the same numbers, and a resumed run from those of
+        the first one.
+        """
+        key = hashlib.sha256(f"{self.seed}:{batch}".encode()).digest()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int.from_bytes(key[:7], "big"))
+            yield {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
 
 
 def distinct(items: Sequence[A]) -> list[A]:
@@ -66,15 +126,17 @@ def answers(
     method: Method,
     *,
     batch_size: int = 32,
-    max_new_tokens: int = 12,
+    max_new_tokens: int = ANSWER_TOKENS,
+    sampling: Sampling | None = None,
     log: Path | None = None,
     job: Mapping[str, JSON] | None = None,
     encoded: MutableMapping[str, dict[str, Tensor]] | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
-    """Ask every different question once, greedily; return key -> answer; resumable when `log` is given.
+    """Ask every different question once; return key -> answer; resumable when `log` is given.
 
-    `encoded` keeps the encoded batches for further calls on the same items (sweeps over strengths).
+    Answers are greedy unless `sampling` draws them. `encoded` keeps the encoded batches for further calls on the same
+    items (sweeps over strengths).
 
     Raises:
         InputError: no items, or no processor.
@@ -85,6 +147,9 @@ def answers(
     asked = distinct(items)
     described: dict[str, JSON] = {"method": method.name, "note": method.note, "prefix": method.prefix, **(job or {})}
     described |= {"keys": [item.key for item in asked], "max_new_tokens": max_new_tokens}
+    if sampling is not None:
+        # A draw depends on who shares the batch.
+        described["sampling"] = {**sampling.as_json(), "batch_size": batch_size}
     book = None if log is None else AnswerLog(log, described)
     known = {} if book is None else book.answers
     bar = tqdm(total=len(asked), desc=method.name, unit="question", disable=not progress, leave=False)
@@ -92,7 +157,7 @@ def answers(
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
         if any(item.key not in known for item in batch):
-            texts = _ask(vlm, batch, method, max_new_tokens, {} if encoded is None else encoded)
+            texts = _ask(vlm, batch, method, max_new_tokens, sampling, {} if encoded is None else encoded)
             fresh = [(item.key, text) for item, text in zip(batch, texts, strict=True) if item.key not in known]
             if book is not None:
                 book.add([key for key, _ in fresh], [text for _, text in fresh])
@@ -108,6 +173,7 @@ def _ask(
     batch: Sequence[Asked],
     method: Method,
     max_new_tokens: int,
+    sampling: Sampling | None,
     encoded: MutableMapping[str, dict[str, Tensor]],
 ) -> list[str]:
     name = "\n".join([method.prefix, *(item.key for item in batch)])
@@ -117,5 +183,8 @@ def _ask(
         )
     inputs = encoded[name]
     steering = method.steering([item.id for item in batch])
-    ids = vlm.generate(steering=steering, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    batch_name = "\n".join(item.key for item in batch)
+    chosen = nullcontext({"do_sample": False}) if sampling is None else sampling.drawing(batch_name, vlm.device)
+    with chosen as how:
+        ids = vlm.generate(steering=steering, **inputs, max_new_tokens=max_new_tokens, **how)
     return vlm.decode(ids[:, inputs["input_ids"].shape[1] :])

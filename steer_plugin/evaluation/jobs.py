@@ -10,7 +10,7 @@ from steer_plugin.adapters import AttachedModel
 from steer_plugin.artefact import sha256, tensor_bytes, versions
 from steer_plugin.atomic import JSON, atomic_write_bytes, atomic_write_json
 from steer_plugin.errors import InputError
-from steer_plugin.evaluation.asking import Method, answers
+from steer_plugin.evaluation.asking import ANSWER_TOKENS, AUTHORS_TOKENS, Method, Sampling, answers
 from steer_plugin.evaluation.pope import PopeItem, predictions, read_items, scores
 from steer_plugin.evaluation.table import markdown_table
 from steer_plugin.intervention import Steerable
@@ -62,19 +62,33 @@ def run_pope(
     *,
     batch_size: int = 32,
     seed: int = 0,
+    sampling: Sampling | None = None,
+    max_new_tokens: int | None = None,
     progress: bool = True,
 ) -> str:
     """Ask, score and write answers/, metrics.json and table.md; return the table.
 
+    Answers are greedy and up to 12 tokens long, or drawn by `sampling` (`Sampling.as_authors(vlm, seed)`) and up to 128
+    long, as the L2S authors' are; `max_new_tokens` sets another length. `seed` is that of the bootstrap.
+
     Raises:
+        InputError: no room for an answer.
         JobError: `out` holds another job, or cannot be written.
     """
+    tokens = (ANSWER_TOKENS if sampling is None else AUTHORS_TOKENS) if max_new_tokens is None else max_new_tokens
+    if tokens < 1:
+        raise InputError(f"an answer needs at least one token, got max_new_tokens={tokens}.")
+    decoding: dict[str, JSON] = {"do_sample": sampling is not None, "max_new_tokens": tokens}
+    decoding |= {} if sampling is None else {**sampling.as_json(), "batch_size": batch_size}
     job: dict[str, JSON] = {"model": {**vlm.parts.identity(), "weights": vlm.parts.fingerprint()}}
     rows: dict[str, dict[str, JSON]] = {}
     cells = {}
     for method in methods:
         log = out / "answers" / f"{method.name}.jsonl"
-        texts = answers(vlm, items, method, batch_size=batch_size, log=log, job=job, progress=progress)
+        texts = answers(
+            vlm, items, method, batch_size=batch_size, max_new_tokens=tokens, sampling=sampling, log=log, job=job,
+            progress=progress,
+        )  # fmt: skip
         scored = scores(items, predictions(items, texts), [texts[item.key] for item in items], seed=seed)
         cells[method.name] = {subset: one.accuracy for subset, one in scored.items()}
         for subset, one in scored.items():
@@ -85,7 +99,7 @@ def run_pope(
             }  # fmt: skip
     table = markdown_table(cells)
     metrics: dict[str, JSON] = {
-        "pope": cast(JSON, rows), "job": job, "seed": seed, "versions": cast(JSON, versions()),
+        "pope": cast(JSON, rows), "job": job, "decoding": decoding, "seed": seed, "versions": cast(JSON, versions()),
         "methods": {m.name: {"prefix": m.prefix, "note": m.note} for m in methods},
     }  # fmt: skip
     atomic_write_json(out / "metrics.json", metrics)

@@ -8,8 +8,7 @@ from typing import cast
 
 from torch import Tensor
 
-from steer_plugin import artefact
-from steer_plugin.artefact import Artefact
+from steer_plugin.artefact import Artefact, read, write
 from steer_plugin.atomic import JSON
 from steer_plugin.errors import ArtefactError, InputError
 from steer_plugin.intervention import Alpha
@@ -30,7 +29,7 @@ def saved_alpha(alpha: Alpha) -> JSON:
 
 def write_artefact(folder: Path | str, kind: str, tensors: Mapping[str, Tensor], meta: Mapping[str, JSON]) -> None:
     """Save tensors and what they mean as safetensors + JSON, in one step."""
-    artefact.write(Path(folder), Artefact(kind, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, meta))
+    write(Path(folder), Artefact(kind, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, meta))
 
 
 def read_artefact(folder: Path | str, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, JSON]]:
@@ -39,7 +38,7 @@ def read_artefact(folder: Path | str, kind: str, names: tuple[str, ...]) -> tupl
     Raises:
         ArtefactError: missing, corrupt, truncated, pickled, of another kind, or without the tensors that it needs.
     """
-    found = artefact.read(Path(folder), kind)
+    found = read(Path(folder), kind)
     missing = [name for name in names if name not in found.tensors]
     if missing:
         raise ArtefactError(f"the artefact in {folder} lacks {', '.join(missing)}; save it again.")

@@ -19,7 +19,9 @@ from steer_plugin.atomic import JSON
 from steer_plugin.context import Context, Read
 from steer_plugin.errors import ArtefactError, InputError
 from steer_plugin.intervention import Alpha, Intervention, Steerable, Write, check_alpha
+from steer_plugin.methods._replicas import Replicas
 from steer_plugin.methods._saved import model_of, read_artefact, saved_alpha, write_artefact
+from steer_plugin.methods.hub import HubArtefact
 from steer_plugin.methods.network import NAMES, SteeringNetwork
 from steer_plugin.methods.published import published_network
 from steer_plugin.positions import Positions
@@ -30,8 +32,13 @@ if TYPE_CHECKING:
     from steer_plugin.training.config import FitConfig, FitReport
 
 
-class L2S(Steerable):
+class L2S(HubArtefact, Steerable):
     """A fitted network, where it reads, where it writes, on which tokens, and how strongly.
+
+    Attributes:
+        model: identity of the model that it was fitted on; another one refuses it.
+        report: how the fit went, where it was fitted in this process.
+        trained_on: the data of a published network.
 
     Raises:
         InputError: alpha not finite.
@@ -51,6 +58,7 @@ class L2S(Steerable):
         alpha: Alpha = 1.0,
         model: Mapping[str, JSON] | None = None,
         report: FitReport | None = None,
+        trained_on: str | None = None,
     ) -> None:
         if not callable(alpha):
             check_alpha(alpha)
@@ -61,6 +69,8 @@ class L2S(Steerable):
         self.alpha = alpha
         self.model = model
         self.report = report
+        self.trained_on = trained_on
+        self._replicas = Replicas()
 
     def predict(self, context: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
         """Return the steering vector of each context, before alpha.
@@ -71,22 +81,18 @@ class L2S(Steerable):
         width = self.network.encoder.in_features
         if context.shape[-1] != width:
             raise InputError(f"contexts have width {context.shape[-1]}, the network was fitted on {width}.")
-        weight = self.network.encoder.weight
-        if weight.device != context.device:
-            self.network.to(context.device)
-        return self.network(context)
+        return self._replicas.on(self.network, context.device)(context)
 
     @property
     def intervention(self) -> Intervention:
         """One write whose delta runs the network once per prompt."""
-
-        def delta(hidden: Float[Tensor, "row pos d_model"], context: Context) -> Tensor:
-            return context.once("vector", lambda: self.predict(context.reads[0]))[:, None]
-
         width = self.network.decoder.out_features
         return Intervention(
-            (Write(self.write, self.positions, delta, self.alpha, "add", (self.read,), width, self.model),)
+            (Write(self.write, self.positions, self._delta, self.alpha, "add", (self.read,), width, self.model),)
         )
+
+    def _delta(self, hidden: Float[Tensor, "row pos d_model"], context: Context) -> Float[Tensor, "row 1 d_model"]:
+        return context.once("vector", lambda: self.predict(context.reads[0]).to(hidden.device))[:, None]
 
     @classmethod
     def fit(
@@ -144,11 +150,12 @@ class L2S(Steerable):
             alpha=alpha,
             model=self.model,
             report=self.report,
+            trained_on=self.trained_on,
         )
 
-    def save(self, folder: Path | str) -> None:
-        """Write network, sites, positions, alpha, model and fitting report as safetensors + JSON."""
-        meta: dict[str, JSON] = {
+    def meta(self) -> dict[str, JSON]:
+        """Sites, positions, alpha, model and fitting report, as JSON."""
+        return {
             "write": str(self.write),
             "read": str(self.read.site),
             "context": str(self.read.positions),
@@ -156,8 +163,12 @@ class L2S(Steerable):
             "alpha": saved_alpha(self.alpha),
             "model": self.model,
             "report": None if self.report is None else self.report.as_json(),
+            "trained_on": self.trained_on,
         }
-        write_artefact(folder, self.kind, self.network.state_dict(), meta)
+
+    def save(self, folder: Path | str) -> None:
+        """Write network, sites, positions, alpha, model and fitting report as safetensors + JSON."""
+        write_artefact(folder, self.kind, self.network.state_dict(), self.meta())
 
     @classmethod
     def load(cls, folder: Path | str) -> L2S:
@@ -167,7 +178,7 @@ class L2S(Steerable):
             ArtefactError: missing, corrupt, truncated, pickled, or of another kind.
         """
         tensors, meta = read_artefact(folder, cls.kind, NAMES)
-        alpha = meta["alpha"]
+        alpha, trained_on = meta["alpha"], meta.get("trained_on")
         return cls(
             _network(tensors, str(folder)),
             str(meta["write"]),
@@ -176,6 +187,7 @@ class L2S(Steerable):
             positions=str(meta["positions"]),
             alpha=float(alpha) if isinstance(alpha, (int, float)) else torch.tensor(alpha),
             model=model_of(meta),
+            trained_on=None if trained_on is None else str(trained_on),
         )
 
     @classmethod
@@ -185,39 +197,63 @@ class L2S(Steerable):
         write: Site | str | None = None,
         read: Site | str | None = None,
         *,
+        context: Positions | str | None = None,
         positions: Positions | str = "paper",
         alpha: Alpha | None = None,
     ) -> L2S:
         """Load a network that the L2S authors published (.pt, read with weights_only=True).
 
-        The three published files are known by their SHA-256 and need no more; other files need `write` (and `read`).
+        The three published files are known by their SHA-256, which sets model, sites, context, alpha and training data;
+        an argument that is given replaces what is known. Other files need `write` and `read`; their context is
+        "last_prompt" and their alpha 1 where nothing is said.
 
         Raises:
             ArtefactError: missing or corrupt file, or one that holds no such network.
-            InputError: an unknown file without `write`.
+            InputError: an unknown file without `write` and `read`.
         """
         state, known = published_network(Path(path))
-        if known is None and write is None:
-            raise InputError(
-                f"{path} is none of the published files: say where it steers, as in write='resid_post.14'."
+        if known is None:
+            if write is None or read is None:
+                raise InputError(
+                    f"{path} is none of the published files (another network, or a damaged one), and got write="
+                    f"{write!r}, read={read!r}: say where it steers and what it looks at, as in L2S.from_published("
+                    "path, write='resid_post.14', read='resid_post.14'); save(folder) then keeps both."
+                )
+            return cls(
+                _network(state, str(path)),
+                write,
+                read,
+                context="last_prompt" if context is None else context,
+                positions=positions,
+                alpha=1.0 if alpha is None else alpha,
             )
-        site = write if write is not None or known is None else known.write
-        source = read if read is not None or known is None else known.read
-        strength: Alpha = alpha if alpha is not None else (1.0 if known is None else known.alpha)
         return cls(
             _network(state, str(path)),
-            site if site is not None else "",
-            source,
-            context="last_prompt" if known is None else known.context,
+            known.write if write is None else write,
+            known.read if read is None else read,
+            context=known.context if context is None else context,
             positions=positions,
-            alpha=strength,
-            model=None if known is None else {"family": known.family, "d_model": known.d_model},
+            alpha=known.alpha if alpha is None else alpha,
+            model={"family": known.family, "name": known.model, "d_model": known.d_model, "n_layers": known.n_layers},
+            trained_on=known.trained_on,
         )
 
 
 def _network(state: dict[str, Tensor], where: str) -> SteeringNetwork:
+    """Build the network of a file.
+
+    Raises:
+        ArtefactError: shapes that do not fit together, or values that are not finite.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    misfit = f"{where} holds no L2S network: shapes {shapes} do not fit together, expected (h, d), (h,) and (d, h)."
     try:
-        return SteeringNetwork.of(state)
+        network = SteeringNetwork.of(state)
     except (RuntimeError, ValueError) as error:
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        raise ArtefactError(f"{where} holds no L2S network: shapes {shapes} do not fit together.") from error
+        raise ArtefactError(misfit) from error
+    if network.encoder.in_features != network.decoder.out_features:
+        raise ArtefactError(misfit)
+    for name, tensor in network.state_dict().items():
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise ArtefactError(f"{where} is damaged: {name} holds {bad} NaN or infinite values, expected none.")
+    return network

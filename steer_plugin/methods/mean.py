@@ -17,12 +17,13 @@ from steer_plugin.atomic import JSON
 from steer_plugin.errors import InputError, nearest
 from steer_plugin.intervention import Alpha, FixedVector, Intervention, Steerable, Write, check_vector
 from steer_plugin.methods._saved import model_of, read_artefact, saved_alpha, write_artefact
+from steer_plugin.methods.hub import HubArtefact
 from steer_plugin.positions import Positions
 from steer_plugin.shifts import Shifts
 from steer_plugin.sites import Site
 
 
-class MeanSteering(Steerable):
+class MeanSteering(HubArtefact, Steerable):
     """One vector (d_model,), or one per batch row (row, d_model), added at a site.
 
     Raises:
@@ -64,15 +65,18 @@ class MeanSteering(Steerable):
         """
         return cls(shifts.mean(behaviour), str(shifts.job["write"]), positions, alpha, model_of(shifts.job))
 
-    def save(self, folder: Path | str) -> None:
-        """Write the vector, its site, positions, alpha and model as safetensors + JSON."""
-        meta: dict[str, JSON] = {
+    def meta(self) -> dict[str, JSON]:
+        """Site, positions, alpha and model, as JSON."""
+        return {
             "site": str(self.site),
             "positions": str(self.positions),
             "alpha": saved_alpha(self.alpha),
             "model": self.model,
         }
-        write_artefact(folder, self.kind, {"vector": self.vector}, meta)
+
+    def save(self, folder: Path | str) -> None:
+        """Write the vector, its site, positions, alpha and model as safetensors + JSON."""
+        write_artefact(folder, self.kind, {"vector": self.vector}, self.meta())
 
     @classmethod
     def load(cls, folder: Path | str) -> MeanSteering:

@@ -19,7 +19,8 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from steer_plugin.adapters import AttachedModel
-from steer_plugin.adapters._inputs import chat_text, encode
+from steer_plugin.adapters._chat import chat_text
+from steer_plugin.adapters._inputs import encode
 from steer_plugin.artefact import versions
 from steer_plugin.atomic import JSON, atomic_write_json
 from steer_plugin.contrast.rows import SteeringRow

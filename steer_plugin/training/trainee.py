@@ -20,7 +20,8 @@ from transformers import DynamicCache, ProcessorMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from steer_plugin.adapters import AttachedModel
-from steer_plugin.adapters._inputs import completion_ids, encode
+from steer_plugin.adapters._chat import completion_ids
+from steer_plugin.adapters._inputs import encode
 from steer_plugin.contrast.rows import SteeringRow
 from steer_plugin.errors import InputError
 from steer_plugin.methods.steervlm import SteerVLM

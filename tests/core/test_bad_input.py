@@ -61,7 +61,7 @@ def test_no_image_inside_steering(vlm, placed):
 @pytest.mark.parametrize("pictures", [2, 4])
 def test_another_number_of_pictures(vlm, inputs, pictures: int):
     wrong = {**inputs, "pixel_values": draw(pictures, 3, 16, 16)}
-    match = rf"{pictures} images need {pictures * PATCHES} image tokens.*has {3 * PATCHES}"
+    match = rf"the pictures need {pictures * PATCHES} image tokens.*has {3 * PATCHES}"
     untouched(vlm, lambda: vlm.generate(**wrong, steering=STEERING, max_new_tokens=1), sp.InputError, match)
     untouched(vlm, lambda: vlm.cache(wrong, ["resid_post.1"]), sp.InputError, match)
 

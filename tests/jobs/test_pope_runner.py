@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 from _tiny import tiny_llava, tiny_processor
 from PIL import Image
+from typer.testing import CliRunner
 
 import steer_plugin as sp
 from steer_plugin.contrast import ContrastivePair, pocket_pairs
 from steer_plugin.evaluation.answers import AnswerLog
-from steer_plugin.evaluation.asking import Method, answers, distinct
+from steer_plugin.evaluation.asking import Method, Sampling, answers, distinct
 from steer_plugin.evaluation.jobs import pope_items, pope_methods, run_pope
 from steer_plugin.evaluation.pope import PopeItem, difference, margins, predictions, scores
 
@@ -136,6 +138,92 @@ def test_a_steering_refitted_under_the_same_name_is_not_answered_from_disk(vlm, 
             continue
         with pytest.raises(sp.JobError, match="another job"):
             run_pope(vlm, items, methods, tmp_path, progress=False)
+
+
+def test_sampled_answers_are_those_of_a_seeded_do_sample(vlm, items):
+    """The authors' call, `generate(do_sample=True)`, repeated from the seed that one batch of one question gets."""
+    one = [item(0, "random", True, "w10")]
+    found = answers(vlm, one, Method("none"), max_new_tokens=8, sampling=Sampling(seed=3), progress=False)
+    inputs = vlm.inputs(one[0].text, one[0].pair.images[0])
+    draw = hashlib.sha256(f"3:{one[0].key}".encode()).digest()
+    torch.manual_seed(int.from_bytes(draw[:7], "big"))
+    with torch.no_grad():
+        ids = tiny_llava().generate(**inputs, max_new_tokens=8, do_sample=True)
+    assert found[one[0].key] == vlm.decode(ids[:, inputs["input_ids"].shape[1] :])[0]
+
+
+def test_a_seed_draws_the_same_answers_again_and_leaves_the_random_state_alone(vlm, items):
+    def sampled(seed: int, **changes: float) -> dict[str, str]:
+        sampling = Sampling(seed, **changes)
+        return answers(vlm, items, Method("none"), batch_size=5, sampling=sampling, progress=False)
+
+    before = torch.get_rng_state()
+    first = sampled(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert sampled(0) == first
+    assert sampled(1) != first
+    greedy = answers(vlm, items, Method("none"), batch_size=5, progress=False)
+    assert first != greedy
+    assert sampled(0, top_k=1) == greedy
+
+
+def test_sampled_answers_resume_as_if_never_interrupted(vlm, items, tmp_path):
+    log = tmp_path / "none.jsonl"
+    how = {"log": log, "sampling": Sampling(seed=5), "progress": False}
+    whole = answers(vlm, items, Method("none"), batch_size=4, **how)
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:6]))
+    assert answers(vlm, items, Method("none"), batch_size=4, **how) == whole
+    for other in ({"batch_size": 3}, {"batch_size": 4, "sampling": Sampling(seed=6)}, {"sampling": None}):
+        with pytest.raises(sp.JobError, match="another job"):
+            answers(vlm, items, Method("none"), **{**how, **other})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": 0.0}, r"temperature=0\.0.*above 0"),
+        ({"temperature": float("nan")}, r"temperature=nan.*finite"),
+        ({"top_k": -1}, r"top_k=-1.*from 0"),
+        ({"top_p": 1.5}, r"top_p=1\.5.*up to 1"),
+    ],
+)
+def test_impossible_sampling_is_refused(wrong, message):
+    with pytest.raises(sp.InputError, match=message):
+        Sampling(**wrong)
+
+
+def test_sampling_as_the_authors_do_is_the_models_own(vlm):
+    assert Sampling.as_authors(vlm, 7) == Sampling(7, temperature=1.0, top_k=50, top_p=1.0)
+    other = sp.attach(tiny_llava())
+    other.parts.root.generation_config.update(temperature=0.01, top_k=1, top_p=0.001)  # a model with a taste of its own
+    assert Sampling.as_authors(other) == Sampling(0, 0.01, 1, 0.001)
+
+
+def test_a_sampled_run_records_seed_and_settings(vlm, items, tmp_path):
+    sampling = Sampling.as_authors(vlm, 4)
+    run_pope(vlm, items, [Method("none")], tmp_path / "s", sampling=sampling, batch_size=6, progress=False)
+    written = json.loads((tmp_path / "s" / "metrics.json").read_text())["decoding"]
+    assert written == {
+        "do_sample": True, "max_new_tokens": 128, "seed": 4, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
+        "batch_size": 6,
+    }  # fmt: skip
+    run_pope(vlm, items, [Method("none")], tmp_path / "g", progress=False)
+    written = json.loads((tmp_path / "g" / "metrics.json").read_text())["decoding"]
+    assert written == {"do_sample": False, "max_new_tokens": 12}
+    with pytest.raises(sp.InputError, match="max_new_tokens=0"):
+        run_pope(vlm, items, [Method("none")], tmp_path / "x", max_new_tokens=0, progress=False)
+
+
+def test_the_command_line_samples_on_request(tmp_path):
+    from steer_plugin.cli import app
+
+    words = ["eval", "pope", "--pictures", "3", "--prompt", "", "--sample", "--seed", "2", "--max-new-tokens", "9"]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())["decoding"]
+    assert (written["do_sample"], written["seed"], written["max_new_tokens"]) == (True, 2, 9)
 
 
 def test_missing_question_files_and_pictures_say_where_they_come_from(tmp_path):

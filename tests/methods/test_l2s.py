@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
+import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,12 +49,68 @@ def test_published_networks_predict_what_the_authors_class_predicts(shared, name
     assert (str(l2s.write), str(l2s.read.site), l2s.alpha) == (write, read, alpha)
 
 
-def test_an_unknown_pt_file_needs_to_be_told_where_it_steers(tmp_path):
-    path = tmp_path / "own.pt"
-    torch.save(SteeringNetwork(32, 10, 32).state_dict(), path)
-    with pytest.raises(sp.InputError, match=r"write=.resid_post\.14"):
-        sp.L2S.from_published(path)
-    assert str(sp.L2S.from_published(path, write="resid_post.2").read.site) == "resid_post.2"
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_say_their_model_and_what_they_were_trained_on(shared, name, tmp_path):
+    l2s = sp.L2S.from_published(shared / "data" / "l2s_checkpoints" / name)
+    d_model, context = PUBLISHED[name][0], "user_end" if "mmsb" in name else "last_prompt"
+    family, called, n_layers = (
+        ("llava", "llava-1.5-7b-hf", 32) if d_model == 4096 else ("qwen2_vl", "Qwen2-VL-7B-Instruct", 28)
+    )
+    assert l2s.model == {"family": family, "name": called, "d_model": d_model, "n_layers": n_layers}
+    assert l2s.trained_on == ("MM-SafetyBench" if "mmsb" in name else "POPE")
+    assert (str(l2s.read.positions), str(l2s.positions)) == (context, "last_prompt|generated")
+    l2s.with_alpha(1.5).with_positions("authors_code").save(tmp_path / "l2s")
+    loaded = sp.L2S.load(tmp_path / "l2s")
+    assert (loaded.trained_on, loaded.model, loaded.alpha) == (l2s.trained_on, l2s.model, 1.5)
+    assert (str(loaded.read), str(loaded.positions)) == (str(l2s.read), "everywhere")
+
+
+def test_what_is_said_about_a_published_file_goes_before_its_record(shared):
+    path = shared / "data" / "l2s_checkpoints" / "llava_mmsb_steering_net_v3_multi_nobias_K100.pt"
+    l2s = sp.L2S.from_published(path, read="resid_post.15", context="last_prompt", alpha=0)
+    assert (str(l2s.write), str(l2s.read.site), str(l2s.read.positions), l2s.alpha) == (
+        "resid_post.15", "resid_post.15", "last_prompt", 0,
+    )  # fmt: skip
+
+
+def test_a_published_network_is_refused_by_a_model_of_another_width(shared):
+    l2s = sp.L2S.from_published(shared / "data" / "l2s_checkpoints" / "llava_14_average_all_pope_train_-1.pt")
+    with pytest.raises(sp.ArtefactError, match=r"d_model 4096.*32"):
+        sp.attach(tiny_llava()).generate(steering=l2s, **tiny_inputs(1), max_new_tokens=1)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_another_pt_file_of_either_layout_needs_to_be_told_where_it_writes_and_reads(tmp_path, nested):
+    path, state = tmp_path / "own.pt", SteeringNetwork(32, 10, 32).state_dict()
+    torch.save({"steering_model": state, "epoch": 3} if nested else state, path)
+    for told in ({}, {"write": "resid_post.2"}, {"read": "resid_post.1"}):
+        with pytest.raises(sp.InputError, match=r"own\.pt.*write='resid_post\.14', read='resid_post\.14'"):
+            sp.L2S.from_published(path, **told)
+    own = sp.L2S.from_published(path, write="resid_post.2", read="resid_post.1", context="user_end", alpha=2.2)
+    assert (str(own.write), str(own.read.site), str(own.read.positions)) == ("resid_post.2", "resid_post.1", "user_end")
+    assert (own.alpha, own.model, own.trained_on) == (2.2, None, None)
+    for name, tensor in state.items():
+        assert torch.equal(own.network.state_dict()[name], tensor)
+
+
+SITES = {"write": "resid_post.1", "read": "resid_post.1"}
+
+
+def test_an_own_network_of_another_width_is_refused_before_work(tmp_path):
+    torch.save(SteeringNetwork(64, 8, 64).state_dict(), tmp_path / "wide.pt")
+    l2s = sp.L2S.from_published(tmp_path / "wide.pt", **SITES)
+    with pytest.raises(sp.InputError, match=r"width 64.*32"):
+        sp.attach(tiny_llava()).generate(steering=l2s, **tiny_inputs(1), max_new_tokens=1)
+
+
+class Trap:
+    """What a pickle can do when it is opened: run a command."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
 
 
 @pytest.mark.parametrize("content", [b"not a checkpoint", b"", pickle.dumps({"encoder.weight": print})])
@@ -58,17 +118,72 @@ def test_corrupt_and_code_carrying_pt_files_are_refused(tmp_path, content):
     path = tmp_path / "bad.pt"
     path.write_bytes(content)
     with pytest.raises(sp.ArtefactError, match=r"bad\.pt"):
-        sp.L2S.from_published(path, write="resid_post.1")
+        sp.L2S.from_published(path, **SITES)
 
 
-def test_missing_tensors_and_misfitting_shapes_are_named(tmp_path):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickled_file_is_refused_and_its_code_does_not_run(tmp_path, zipped):
+    mark = tmp_path / "ran"
+    state = {**SteeringNetwork(4, 3, 4).state_dict(), "extra": Trap(mark)}
+    torch.save(state, tmp_path / "trap.pt", _use_new_zipfile_serialization=zipped)
+    torch.save(SteeringNetwork(4, 3, 4), tmp_path / "module.pt", _use_new_zipfile_serialization=zipped)
+    for name in ("trap", "module"):
+        with pytest.raises(sp.ArtefactError, match=rf"{name}\.pt is not a plain state dict.*encoder\.weight"):
+            sp.L2S.from_published(tmp_path / f"{name}.pt", **SITES)
+    assert not mark.exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damage_anywhere_in_a_file_is_an_artefact_error_or_does_no_harm(tmp_path, zipped):
+    """Cut short, or with bytes changed: torch answers with a dozen kinds of errors, the package with one."""
+    whole, path = io.BytesIO(), tmp_path / "damaged.pt"
+    torch.save(SteeringNetwork(6, 3, 6).state_dict(), whole, _use_new_zipfile_serialization=zipped)
+    rng, refused = random.Random(0), 0
+    for attempt in range(300):
+        data = bytearray(whole.getvalue())
+        if attempt % 3 == 0:
+            del data[rng.randrange(len(data)) :]
+        else:
+            for _ in range(rng.choice((1, 3, 20))):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(bytes(data))
+        try:
+            sp.L2S.from_published(path, **SITES)
+        except sp.ArtefactError as error:
+            assert "damaged.pt" in str(error)
+            refused += 1
+    assert refused > 150
+
+
+def test_missing_files_tensors_and_misfitting_shapes_are_named(tmp_path):
+    with pytest.raises(sp.ArtefactError, match=r"cannot read .*absent\.pt"):
+        sp.L2S.from_published(tmp_path / "absent.pt", **SITES)
     torch.save({"encoder.weight": torch.ones(3, 4)}, tmp_path / "part.pt")
     with pytest.raises(sp.ArtefactError, match=r"decoder\.weight"):
-        sp.L2S.from_published(tmp_path / "part.pt", write="resid_post.1")
-    state = {"encoder.weight": torch.ones(3, 4), "encoder.bias": torch.ones(5), "decoder.weight": torch.ones(4, 3)}
-    torch.save(state, tmp_path / "odd.pt")
-    with pytest.raises(sp.ArtefactError, match=r"\(3, 4\)"):
-        sp.L2S.from_published(tmp_path / "odd.pt", write="resid_post.1")
+        sp.L2S.from_published(tmp_path / "part.pt", **SITES)
+    torch.save([torch.ones(3)], tmp_path / "list.pt")
+    with pytest.raises(sp.ArtefactError, match=r"encoder\.weight"):
+        sp.L2S.from_published(tmp_path / "list.pt", **SITES)
+    for bias, out in ((5, 4), (3, 7)):
+        torch.save(
+            {
+                "encoder.weight": torch.ones(3, 4),
+                "encoder.bias": torch.ones(bias),
+                "decoder.weight": torch.ones(out, 3),
+            },
+            tmp_path / "odd.pt",
+        )
+        with pytest.raises(sp.ArtefactError, match=r"\(3, 4\).*expected"):
+            sp.L2S.from_published(tmp_path / "odd.pt", **SITES)
+
+
+def test_a_network_that_would_poison_the_stream_is_refused(tmp_path):
+    state = SteeringNetwork(4, 3, 4).state_dict()
+    state["decoder.weight"][1, 2] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    with pytest.raises(sp.ArtefactError, match=r"nan\.pt.*decoder\.weight holds 1 NaN"):
+        sp.L2S.from_published(tmp_path / "nan.pt", **SITES)
 
 
 def fitted(read: int = 1, **changes) -> sp.L2S:

@@ -19,7 +19,9 @@ from steer_plugin.atomic import JSON
 from steer_plugin.context import Aside, Context
 from steer_plugin.errors import ArtefactError, InputError
 from steer_plugin.intervention import Alpha, Intervention, Steerable, Write, check_alpha
+from steer_plugin.methods._replicas import Replicas
 from steer_plugin.methods._saved import model_of, read_artefact, saved_alpha, write_artefact
+from steer_plugin.methods.hub import HubArtefact
 from steer_plugin.methods.steervlm.config import SteerVLMConfig
 from steer_plugin.methods.steervlm.module import PairMemory, SteerVLMModule
 from steer_plugin.positions import Positions
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from steer_plugin.training.steervlm_config import SteerVLMTraining
 
 
-class SteerVLM(Steerable):
+class SteerVLM(HubArtefact, Steerable):
     """The module, the pair that it is bound to, on which tokens, and how strongly (lambda is `alpha` here).
 
     Raises:
@@ -59,6 +61,7 @@ class SteerVLM(Steerable):
         self.alpha = alpha
         self.model = model
         self.report = report
+        self._replicas = Replicas()
 
     def __repr__(self) -> str:
         """Name size, pairs, positions and strength."""
@@ -135,7 +138,7 @@ class SteerVLM(Steerable):
         positions: Positions | str | None = None,
         alpha: Alpha | None = None,
     ) -> SteerVLM:
-        return SteerVLM(
+        made = SteerVLM(
             self.module,
             pairs=self.pairs if pairs is None else pairs,
             positions=self.positions if positions is None else positions,
@@ -143,6 +146,8 @@ class SteerVLM(Steerable):
             model=self.model,
             report=self.report,
         )
+        made._replicas = self._replicas
+        return made
 
     @property
     def intervention(self) -> Intervention:
@@ -167,17 +172,21 @@ class SteerVLM(Steerable):
         )  # fmt: skip
 
     def _delta(self, hidden: Float[Tensor, "row pos d_model"], context: Context) -> Float[Tensor, "row pos d_model"]:
+        weight = self.module.steerer.down.weight
+        # While training both are made anew: gradient checkpointing must find the same graph when it runs again.
+        training = torch.is_grad_enabled() and weight.requires_grad
+
+        def here() -> SteerVLMModule:
+            return self._replicas.on(self.module, hidden.device)
+
         module = self.module
-        weight = module.steerer.down.weight
         if weight.device != hidden.device:
-            module.to(hidden.device)
+            module = here() if training else context.once("module", here)
 
         def remember() -> PairMemory:
             plus, minus = context.asides
             return module.remember(plus.tokens, plus.real, minus.tokens, minus.real)
 
-        # While training the pair is looked at anew: gradient checkpointing must find the same graph when it runs again.
-        training = torch.is_grad_enabled() and weight.requires_grad
         memory = remember() if training else context.once("pair", remember)
         s, gate, change = module(hidden, context.unsteered, memory)
         if context.note is not None:
@@ -193,17 +202,21 @@ class SteerVLM(Steerable):
             found.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
         return found.hexdigest()
 
-    def save(self, folder: Path | str) -> None:
-        """Write module, config, positions, alpha, model and training report as safetensors + JSON; pairs too."""
-        meta: dict[str, JSON] = {
+    def meta(self) -> dict[str, JSON]:
+        """Config, pairs, sites, positions, alpha, model and training report, as JSON."""
+        return {
             "config": self.module.config.as_json(),
             "pairs": [list(pair) for pair in self.pairs],
+            "sites": [str(attn_out(layer)) for layer in range(self.module.config.n_layers)],
             "positions": str(self.positions),
             "alpha": saved_alpha(self.alpha),
             "model": self.model,
             "report": self.report,
         }
-        write_artefact(folder, self.kind, self.module.state_dict(), meta)
+
+    def save(self, folder: Path | str) -> None:
+        """Write module, config, positions, alpha, model and training report as safetensors + JSON; pairs too."""
+        write_artefact(folder, self.kind, self.module.state_dict(), self.meta())
 
     @classmethod
     def load(cls, folder: Path | str) -> SteerVLM:

@@ -1,0 +1,63 @@
+"""What an extraction is asked for: pairs, sites, and what of a completion becomes the vector's target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from PIL import Image
+
+from steer_plugin.errors import InputError, nearest
+from steer_plugin.positions import Positions
+from steer_plugin.sites import Site
+
+Target = Literal["last", "average_forced", "average_sampled"]
+TARGETS: tuple[Target, ...] = ("last", "average_forced", "average_sampled")
+# The authors' POPE script samples up to 100 new tokens, the first of which ends the forced ones.
+SAMPLED_TOKENS = 99
+
+
+def parse_target(name: str) -> Target:
+    """Return the target convention of that name.
+
+    Raises:
+        InputError: no such convention; the nearest is proposed.
+    """
+    for target in TARGETS:
+        if target == name:
+            return target
+    raise InputError(f"unknown target {name!r}.{nearest(name, TARGETS)} Known: {', '.join(TARGETS)}.")
+
+
+@runtime_checkable
+class Pair(Protocol):
+    """What extraction needs of a contrastive pair (see `steer_plugin.contrast.ContrastivePair`)."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def positive(self) -> str: ...
+    @property
+    def negative(self) -> str: ...
+    @property
+    def suffix(self) -> str: ...
+    @property
+    def behaviour(self) -> str: ...
+    @property
+    def user_text(self) -> str: ...
+    def load_images(self) -> tuple[Image.Image, ...]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where to read, what to pool, and how much at a time."""
+
+    write: Site
+    read: Site
+    context: Positions
+    target: Target
+    batch_size: int
+    seed: int
+    sampled_tokens: int = SAMPLED_TOKENS
