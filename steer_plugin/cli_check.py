@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from steer_plugin.adapters import FRAMEWORKS
+from steer_plugin.adapters import FRAMEWORKS, check_framework
 from steer_plugin.adapters._check_report import CheckReport
 
 STYLES = {"ok": "green", "note": "yellow", "failed": "bold red"}
@@ -30,10 +30,12 @@ def check(
     from steer_plugin.adapters._check_frameworks import check_frameworks
     from steer_plugin.loading import load_plain
 
+    for name in framework or ():
+        check_framework(name)
     asked = framework or [name for name in FRAMEWORKS if name == "torch" or find_spec(name) is not None]
     plain, processor = load_plain(model, device)
     failed = False
-    for report in check_frameworks(plain, processor, asked, seed=seed):
+    for report in check_frameworks(plain, processor, asked, must=framework is not None, seed=seed):
         Console().print(_table(report))
         failed = failed or not report.ok
     if failed:

@@ -51,7 +51,9 @@ _QWEN = Tower("blocks", "attn")
 TOWERS: dict[str, Tower] = {
     "clip_vision_model": Tower(),
     "siglip_vision_model": Tower(),
+    "idefics3": Tower(),  # so it is called in checkpoints that were saved by the first versions
     "idefics3_vision": Tower(),
+    "smolvlm": Tower(),
     "smolvlm_vision": Tower(),
     "pixtral": Tower("transformer.layers", "attention", "feed_forward"),
     "internvl_vision": Tower("encoder.layer", "attention", scaled="a learned scale is multiplied in behind the module"),
@@ -71,8 +73,14 @@ def completed(family: Family, config: PretrainedConfig) -> Family:
     text = str(config.get_text_config().model_type)
     vision = str(getattr(getattr(config, "vision_config", None), "model_type", ""))
     backbone, tower = BACKBONES.get(text, Backbone()), TOWERS.get(vision)
+    factor = getattr(config.get_text_config(), "residual_multiplier", None)
+    # Granite and others: residual + 0.22 * attention, in the layer's own forward.
+    scaled = None if factor in (None, 1) else f"it is multiplied by residual_multiplier={factor}"
     out = replace(
-        family, attn_added=family.attn_added or backbone.attn_added, mlp_added=family.mlp_added or backbone.mlp_added
+        family,
+        attn_added=family.attn_added or backbone.attn_added,
+        mlp_added=family.mlp_added or backbone.mlp_added,
+        scaled=family.scaled or scaled,
     )
     if tower is None or family.vision is None or family.vision_layers is not None:
         return out
@@ -118,7 +126,7 @@ KNOWN: tuple[Family, ...] = (
         name="qwen3_vl",
         model_types=("qwen3_vl",),
         notes="deepstack: behind each of the first layers picture features are added at image tokens, so resid_pre of "
-        "the next layer is resid_post plus these",
+        "the next layer is resid_post plus these; they come from mergers of their own, which projector does not write",
     ),
     replace(
         _USUAL,

@@ -32,6 +32,7 @@ class Family:
             the decoder's own type, else the attention and the MLP themselves.
         cross_attention: the sub-module that some layers have in place of `attention`; what they add is gated outside
             any module, so they have attn_raw and mlp_raw alone.
+        scaled: why attn_out and mlp_out are no module's output in this model, if so (Granite's residual_multiplier).
         vision: the vision tower; its layers and what is in them are known by the tower's own type.
         vision_layers, vision_attention, vision_mlp, vision_width: the same, said outright; `vision_width` is a name in
             the vision config.
@@ -54,6 +55,7 @@ class Family:
     attn_added: str | None = None
     mlp_added: str | None = None
     cross_attention: str | None = None
+    scaled: str | None = None
     vision: str | None = None
     vision_layers: str | None = None
     vision_attention: str | None = None
@@ -101,6 +103,11 @@ class Family:
                 f"layer {site.layer} of this {self.name!r} model is a cross-attention layer, which adds its parts "
                 f"through a gate outside any module, so {str(site)!r} cannot be reached. Use "
                 f"{str(site).replace('_out', '_raw')!r}, before the gate, or resid_post({site.layer})."
+            )
+        if self.scaled and added == "out":
+            raise SiteError(
+                f"{site} is no module's output in this {self.name!r} model: {self.scaled}. Use "
+                f"{str(site).replace('_out', '_raw')!r}, before that factor, or resid_post({site.layer})."
             )
         if cross and which == "attn":
             return self.cross_attention or self.attention

@@ -40,7 +40,7 @@ def load_plain(name: str, device: str | None = None) -> tuple[PreTrainedModel, P
         dtype = torch.float32 if where == "cpu" else torch.bfloat16
         spread = {"device_map": "auto"} if where == "auto" else {}
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **spread)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(
             f"cannot load the model {name!r}: {error}. Give 'pocket', a folder that save_pretrained made, or a hub id."
         ) from error
@@ -50,4 +50,5 @@ def load_plain(name: str, device: str | None = None) -> tuple[PreTrainedModel, P
             "its image processor may need a package that is not installed (torchvision, for Qwen's)."
         )
     loaded = cast(PreTrainedModel, model).eval()
-    return (loaded if spread else cast(Any, loaded).to(where)), processor
+    stays = spread or getattr(loaded, "is_quantized", False)  # quantised weights lie where they were loaded
+    return (loaded if stays else cast(Any, loaded).to(where)), processor

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ["unsteered", "naive", "ours", "naive_everywhere", "ours_everywhere"]
 MEASURES = {"first_token_s", "total_s", "decode_s"}

@@ -12,12 +12,13 @@ from steer_plugin.adapters._check_report import CheckReport
 from steer_plugin.adapters._plan import parse_target
 from steer_plugin.errors import FamilyError, FrameworkError, InputError, nearest
 
-__all__ = ["FRAMEWORKS", "AttachedModel", "CheckReport", "attach", "parse_target"]
+__all__ = ["FRAMEWORKS", "AttachedModel", "CheckReport", "attach", "check_framework", "parse_target"]
 
 # Attaching twice gives the same object. Weak values: an entry goes with its attached model, which keeps the model
 # (hence its id) alive for exactly as long.
 _attached: weakref.WeakValueDictionary[tuple[int, str | None], AttachedModel] = weakref.WeakValueDictionary()
 FRAMEWORKS = ("torch", "nnsight", "transformer_lens")
+_BRIDGE = "_steer_plugin_bridge"
 
 
 def attach(model: Any, processor: Any = None, *, framework: str | None = None) -> AttachedModel:
@@ -34,8 +35,11 @@ def attach(model: Any, processor: Any = None, *, framework: str | None = None) -
         FrameworkError: the framework's extra is not installed, or it cannot host this model.
         InputError: an unknown framework, or a model that is wrapped already.
     """
+    if framework == "torch":
+        _check_plain(model, framework)
+        framework = None
     known = _attached.get((id(model), framework))
-    if known is not None and model in (known.model, known.root) and (processor is None or processor is known.processor):
+    if known is not None and _serves(known, model, processor):
         return known
     wrapped = model if framework is None else _wrapped(model, processor, framework)
     vlm = _adapter(wrapped)(wrapped, processor)
@@ -43,21 +47,50 @@ def attach(model: Any, processor: Any = None, *, framework: str | None = None) -
     return vlm
 
 
-def _wrapped(model: object, processor: object, framework: str) -> object:
-    """Put a plain model into a framework's wrapper."""
-    from transformers import PreTrainedModel
+def _serves(known: AttachedModel, model: object, processor: object) -> bool:
+    """Whether an attached model is still this one: same object, same processor, and no newer record of its family."""
+    from steer_plugin.families import family_of
 
-    if framework not in FRAMEWORKS:
-        raise InputError(f"unknown framework {framework!r}.{nearest(framework, FRAMEWORKS)} Known: {FRAMEWORKS}.")
-    if framework == "torch":
-        return model
-    if not isinstance(model, PreTrainedModel):
+    return (
+        (known.model is model or known.root is model)
+        and (processor is None or processor is known.processor)
+        and known.parts.family == family_of(known.parts.root.config)
+    )
+
+
+def check_framework(name: str) -> None:
+    """Refuse an unknown framework.
+
+    Raises:
+        InputError: none of `FRAMEWORKS`; the nearest is proposed.
+    """
+    if name not in FRAMEWORKS:
+        raise InputError(f"unknown framework {name!r}.{nearest(name, FRAMEWORKS)} Known: {', '.join(FRAMEWORKS)}.")
+
+
+def _check_plain(model: object, framework: str) -> None:
+    from torch import nn
+
+    if not isinstance(model, nn.Module) or _adapter(model).framework != "torch":
         raise InputError(
-            f"framework={framework!r} wraps a plain Hugging Face model, got {type(model).__name__}; attach what your "
+            f"framework={framework!r} takes a plain Hugging Face model, got {type(model).__name__}; attach what your "
             "framework gave you without framework=."
         )
+
+
+def _wrapped(model: object, processor: object, framework: str) -> object:
+    """Put a plain model into a framework's wrapper."""
+    check_framework(framework)
+    _check_plain(model, framework)
     adapter = load_adapter(framework)
-    return adapter.wrap(model, processor) if framework == "nnsight" else adapter.build_bridge(model, processor)
+    if framework == "nnsight":
+        return adapter.wrap(model, processor)
+    # A bridge changes the model in place, so the model keeps it: there is no second one around the same model. Not by
+    # setattr, which would make it a submodule.
+    kept = vars(model)
+    if _BRIDGE not in kept:
+        kept[_BRIDGE] = adapter.build_bridge(model, processor)
+    return kept[_BRIDGE]
 
 
 def _adapter(model: object) -> Any:

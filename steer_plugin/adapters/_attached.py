@@ -165,6 +165,7 @@ class AttachedModel(SteeredModel):
         run = Run(self.parts, combined, [Tap(site, where, take(site)) for site in wanted], completion_tokens)
         with torch.no_grad(), self._installed(run) as steered:
             self._forward(steered, with_positions(self.parts, inputs))
+        run.check_fired()
         return Activations(masks[0], masks[1], (self.parts.n_layers, self.parts.n_vision_layers), got)
 
     def record(
@@ -271,7 +272,7 @@ class AttachedModel(SteeredModel):
     def check(self, inputs: Mapping[str, Tensor] | None = None, *, seed: int = 0, progress: bool = True) -> CheckReport:
         """Try on this very model that sites fire, strengths count, caches and batches agree; print what it returns.
 
-        Takes some thirty short forwards on a picture of the package's own, or on `inputs`.
+        Takes some fifty short forwards on a picture of the package's own, or on `inputs`.
 
         Raises:
             InputError: neither inputs nor a processor to make some.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from transformers import ProcessorMixin
+from transformers import PaliGemmaProcessor, ProcessorMixin
 
 from steer_plugin.errors import InputError
 from steer_plugin.family import Family
@@ -23,8 +23,11 @@ def chat_text(processor: ProcessorMixin, prompt: str, pictures: int, *, header: 
     content: list[dict[str, str]] = [{"type": "image"} for _ in range(pictures)]
     content.append({"type": "text", "text": prompt})
     message = [{"role": "user", "content": content}]
+    # A template that only the tokenizer has is not found by the processor itself.
+    own = getattr(processor, "chat_template", None) is not None
+    more = {} if own else {"chat_template": cast("Any", processor).tokenizer.chat_template}
     # Declared for plain strings only; every processor takes the list of parts.
-    rendered = cast("Any", processor).apply_chat_template(message, add_generation_prompt=header, tokenize=False)
+    rendered = cast("Any", processor).apply_chat_template(message, add_generation_prompt=header, tokenize=False, **more)
     return str(rendered)
 
 
@@ -32,6 +35,12 @@ def templated(processor: ProcessorMixin) -> bool:
     """Whether the processor (or its tokenizer) has a chat template."""
     tokenizer = getattr(processor, "tokenizer", None)
     return any(getattr(one, "chat_template", None) is not None for one in (processor, tokenizer))
+
+
+def template_of(processor: ProcessorMixin) -> str:
+    """Source of the chat template, "" where there is none."""
+    found = getattr(processor, "chat_template", None)
+    return str(found or getattr(getattr(processor, "tokenizer", None), "chat_template", None) or "")
 
 
 def special_tokens(processor: ProcessorMixin, text: str) -> dict[str, bool]:
@@ -81,6 +90,8 @@ def completion_ids(processor: ProcessorMixin, prompt: str, completion: str, what
     """
     tokenizer = cast("Any", processor).tokenizer
     rendered = chat_text(processor, prompt, 0).rstrip(" ")
+    if isinstance(processor, PaliGemmaProcessor):
+        rendered += "\n"  # which the processor itself puts between a prompt and its answer
     more = special_tokens(processor, rendered)
     before = tokenizer(rendered, **more)["input_ids"]
     after = tokenizer(with_completion(rendered, completion), **more)["input_ids"]

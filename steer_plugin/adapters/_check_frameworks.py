@@ -18,10 +18,14 @@ def check_frameworks(
     processor: ProcessorMixin,
     frameworks: Sequence[str],
     *,
+    must: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> Iterator[CheckReport]:
-    """Check a plain model on each framework in turn; TransformerLens, which changes it in place, goes last."""
+    """Check a plain model on each framework in turn; TransformerLens, which changes it in place, goes last.
+
+    `must`: a framework that cannot host the model has failed; otherwise it is a note.
+    """
     plain = attach(model, processor)
     inputs = own_inputs(plain)
     first = Checker(plain, inputs, seed)
@@ -30,7 +34,8 @@ def check_frameworks(
         try:
             vlm = attach(model, processor, framework=name)
         except FrameworkError as error:
-            yield CheckReport(f"<{plain.parts.family.name} on {name}>", [Check(name, "note", f"not hosted: {error}")])
+            line = Check(name, "failed" if must else "note", f"not hosted: {error}")
+            yield CheckReport(f"<{plain.parts.family.name} on {name}>", [line])
             continue
         report = check_model(vlm, inputs, seed=seed, progress=progress)
         if name != "torch":

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, ProcessorMixin
 
 from steer_plugin.adapters._call import mean_over
-from steer_plugin.adapters._chat import chat_text, completion_ids
+from steer_plugin.adapters._chat import completion_ids, template_of
 from steer_plugin.adapters._completions import continued, forced_inputs, right_padded, until_eos
 from steer_plugin.adapters._hooks import hook_site
 from steer_plugin.adapters._inputs import encode, with_positions
@@ -31,7 +31,7 @@ from steer_plugin.adapters._plan import Pair, Plan
 from steer_plugin.artefact import versions
 from steer_plugin.atomic import JSON
 from steer_plugin.context import Read
-from steer_plugin.errors import InputError
+from steer_plugin.errors import InputError, SiteError
 from steer_plugin.positions import Positions
 from steer_plugin.sites import Site
 from steer_plugin.store import ShardWriter
@@ -48,6 +48,13 @@ class Extraction:
         self, parts: ModelParts, processor: ProcessorMixin, ends: Callable[[Site], tuple[nn.Module, str]], plan: Plan
     ) -> None:
         self.parts, self.processor, self.ends, self.plan = parts, processor, ends, plan
+        for site in (plan.write, plan.read):
+            if site.in_vision:
+                raise SiteError(
+                    f"extraction cannot use {site}: it pools tokens of the text, and there are picture patches. Give a "
+                    "site of the decoder, such as resid_post(14)."
+                )
+            parts.point(site)
 
     def job(self, pairs: Sequence[Pair]) -> dict[str, JSON]:
         """Describe the job, so that a folder never mixes two."""
@@ -67,7 +74,8 @@ class Extraction:
             "seed": plan.seed,
             "pairs": len(pairs),
             "pairs_sha256": digest.hexdigest(),
-            "template_sha256": hashlib.sha256(chat_text(self.processor, "{}", 1).encode()).hexdigest(),
+            # The source, not what it renders: some templates write today's date.
+            "template_sha256": hashlib.sha256(template_of(self.processor).encode()).hexdigest(),
             "versions": cast(JSON, versions()),
         }
 

@@ -19,7 +19,7 @@ from steer_plugin.adapters._follow import Follower
 from steer_plugin.adapters._parts import ModelParts
 from steer_plugin.adapters._travel import managed
 from steer_plugin.context import Aside, AsideTokens, Context
-from steer_plugin.errors import FrameworkError, PositionError
+from steer_plugin.errors import FrameworkError, PositionError, SiteError
 from steer_plugin.intervention import Intervention, Write, expand_rows
 from steer_plugin.sites import Site
 
@@ -57,6 +57,7 @@ class Run(Follower):
         self.words: dict[str, Tensor] = {}
         self.noted: Noted | None = None
         self.at_close: list[Callable[[], None]] = []
+        self.fired: set[Site] = set()
         self.on_prompt: dict[int, Tensor] = {}
         self.on_decoded: dict[int, int] = {}
         self._matched: set[int] = set()
@@ -93,6 +94,7 @@ class Run(Follower):
         for undo in self.at_close:
             undo()
         if check and self.forwards:
+            self.check_fired()
             for index, write in enumerate(self.writes):
                 if write.site.in_vision or index in self._matched:
                     continue
@@ -102,12 +104,26 @@ class Run(Follower):
                     "'generated' starts with the first token fed back."
                 )
 
+    def check_fired(self) -> None:
+        """Refuse a site whose module never ran: a projector without a picture, a layer that looks at pictures alone.
+
+        Raises:
+            SiteError: names the site.
+        """
+        silent = [site for site in self.sites if site not in self.fired]
+        if silent:
+            raise SiteError(
+                f"{silent[0]} did not run in {self.forwards} forward(s), so nothing was read or written there: is the "
+                "prompt without a picture? vlm.check() shows which sites of this model fire."
+            )
+
     def at(self, site: Site, hidden: Tensor) -> Tensor:
         """Do what is asked for at a site: reads, then writes, then the user's taps; return the tensor to go on with."""
         if self.paused:
             return hidden
         if hidden.ndim != 3:  # Qwen's towers pack all patches into one row, Mllama's projector has an axis of tiles
             return self.at(site, hidden.reshape(-1, *hidden.shape[-2:])).reshape(hidden.shape)
+        self.fired.add(site)
         if self.recording is not None:
             if site in self._recorded_at:
                 self.recording[site] = hidden.detach()

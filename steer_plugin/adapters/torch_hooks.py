@@ -23,7 +23,12 @@ class HookedAttached(AttachedModel):
     def ends(self, site: Site) -> tuple[nn.Module, str]:
         """Module and end ("input" or "output") where the tensor of a resolved site passes."""
         path, end = self.parts.point(site)
-        return self.parts.root.get_submodule(path), end
+        module = self.parts.root.get_submodule(path)
+        # A model that became part of a TransformerBridge: transformers takes layers' outputs inside the bridge's block.
+        inner = getattr(module, "original_component", None)
+        if site.kind.endswith("resid_post") and isinstance(inner, nn.Module):
+            module = inner
+        return module, end
 
     @contextmanager
     def lowered(self, run: Run) -> Generator[Any, None, None]:

@@ -11,6 +11,22 @@ import torch
 from _tiny import ADAPTERS, hook_count, tiny_inputs, tiny_llava, tiny_processor, with_position_ids
 from torch import Tensor
 
+# Families that stand for the others while one works: plain, mRoPE, post norms with sliding windows, cross-attention.
+QUICK = ("llava", "qwen2_vl", "gemma3", "mllama")
+BY_FAMILY = ("test_famil", "test_bridge", "test_check", "test_pictures")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the slow tests are put last
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of every family are many: those of the others, and through other frameworks, run with the slow ones."""
+    for item in items:
+        spec = getattr(item, "callspec", None)
+        if spec is None or not item.path.name.startswith(BY_FAMILY):
+            continue
+        name, framework = spec.params.get("name"), spec.params.get("framework", "torch")
+        if framework != "torch" or (name is not None and name not in QUICK):
+            item.add_marker(pytest.mark.slow)
+
 
 def modules_of(vlm: Any) -> list[torch.nn.Module]:
     """Every module tree that could keep a hook: the Hugging Face model, and the bridge around it."""

@@ -117,7 +117,7 @@ def test_an_unknown_model_or_framework():
     done = CliRunner().invoke(app, ["check", "pocket", "--framework", "tensorflow"])
     assert isinstance(done.exception, sp.InputError)
     assert "unknown framework 'tensorflow'" in str(done.exception)
-    with pytest.raises(sp.InputError, match=r"wraps a plain Hugging Face model, got NNsight"):
+    with pytest.raises(sp.InputError, match=r"takes a plain Hugging Face model, got NNsight"):
         sp.attach(attached("llava", "nnsight").model, framework="transformer_lens")
 
 

@@ -43,7 +43,7 @@ def test_refused_with_the_reason(kind: str):
 
 @pytest.mark.parametrize(
     ("wrong", "meant"),
-    [("resid_pots", "resid_post"), ("atn_out", "attn_out"), ("mlpout", "mlp_out"), ("vision_mlp", "vision_mlp_out")],
+    [("resid_pots", "resid_post"), ("atn_out", "attn_out"), ("mlpout", "mlp_out"), ("vision_mlp_ot", "vision_mlp_out")],
 )
 def test_unknown_site_proposes_the_nearest(wrong: str, meant: str):
     with pytest.raises(sp.SiteError, match=rf"'{wrong}'.*Did you mean '{meant}'"):

@@ -18,6 +18,8 @@ from _tiny import D_MODEL, draw, hook_count, tiny_inputs
 
 import steer_plugin as sp
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 KINDS = ("mean", "sum", "l2s", "prepared", "steervlm")
 CASES = [f"{way} {kind}" for way in ("plain in_a_trace", "whole in_a_generation") for kind in KINDS]

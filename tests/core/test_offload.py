@@ -15,6 +15,8 @@ from torch import nn
 import steer_plugin as sp
 from steer_plugin.contrast.pair import ContrastivePair
 
+pytestmark = pytest.mark.slow
+
 SITES = [sp.resid_post(1), sp.attn_out(3)]
 OFFLOADS = ["device_map", "cpu_offload", "disk_offload"]
 

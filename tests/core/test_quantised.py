@@ -20,6 +20,8 @@ from transformers import LlavaForConditionalGeneration
 
 import steer_plugin as sp
 
+pytestmark = pytest.mark.slow
+
 WIDE = 64  # bitsandbytes wants weights of whole blocks: rows by 32, columns by 64
 
 

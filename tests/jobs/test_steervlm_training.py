@@ -143,6 +143,7 @@ def test_killed_and_resumed(tmp_path: Path, until: int):
     assert first.report["history"] == second.report["history"]
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_thrown_away(tmp_path: Path):
     subprocess.run(job(tmp_path, "--steps", "4"), check=True, capture_output=True)
     expected = weights(sp.SteerVLM.load(tmp_path / "steervlm"))

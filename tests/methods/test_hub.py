@@ -139,6 +139,7 @@ def run_with_hub(server: Hub | None, tmp_path: Path, code: str, *arguments: str)
     )
 
 
+@pytest.mark.slow
 def test_push_and_download(tmp_path):
     every_kind()["l2s"].save(tmp_path / "l2s")
     with hub() as server:
