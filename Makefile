@@ -1,5 +1,5 @@
 # `make help` lists the targets. Everything runs from .venv, which is built once and again when the pins change.
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 DEMO_ARGS ?=
 NOTEBOOKS ?= $(wildcard tutorials/*.ipynb)
 

@@ -28,6 +28,13 @@ hypothesis.settings.load_profile("steer_plugin")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            # One worker for the slow tests of a file: what they share (a demo, a training) is made once. Families are
+            # many and share only a bridge: one worker for each.
+            family = getattr(item, "callspec", None) and item.callspec.params.get("name")
+            name = f"{item.path.name}-{family}" if item.path.name.startswith("test_famil") else item.path.name
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 # Families that stand for the others while one works: plain, mRoPE, post norms with sliding windows, cross-attention.
 QUICK = ("llava", "qwen2_vl", "gemma3", "mllama")
 BY_FAMILY = ("test_famil", "test_bridge", "test_check", "test_pictures")
+BY_FRAMEWORK = ("test_steervlm_streams", "test_record", "test_devices")
 
 
 @pytest.hookimpl(tryfirst=True)  # before the slow tests are put last
@@ -21,10 +22,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of every family are many: those of the others, and through other frameworks, run with the slow ones."""
     for item in items:
         spec = getattr(item, "callspec", None)
-        if spec is None or not item.path.name.startswith(BY_FAMILY):
+        if spec is None or not item.path.name.startswith((*BY_FAMILY, *BY_FRAMEWORK)):
             continue
-        name, framework = spec.params.get("name"), spec.params.get("framework", "torch")
-        if framework != "torch" or (name is not None and name not in QUICK):
+        frameworks = {spec.params.get(key, "torch") for key in ("framework", "vlm", "adapter")}
+        name = spec.params.get("name") if item.path.name.startswith(BY_FAMILY) else None
+        if frameworks != {"torch"} or (name is not None and name not in QUICK):
             item.add_marker(pytest.mark.slow)
 
 
