@@ -73,6 +73,12 @@ class Positions:
         inner = [part.while_decoding() for part in self.parts]
         return not inner[0] if self.op == "not" else (any(inner) if self.op == "or" else all(inner))
 
+    def forced(self) -> Positions:
+        """The same tokens of a forced answer: what is fed back while decoding is `completion` in one forward."""
+        if self.op == "name":
+            return self | "completion" if self.name == "generated" else self
+        return Positions(self.op, parts=tuple(part.forced() for part in self.parts))
+
     def mask(self, layout: TokenLayout, start: int = 0, stop: int | None = None) -> Bool[Tensor, "row pos"]:
         """Boolean mask over columns [start, stop) of a call; columns behind the prompt forward are generated ones.
 

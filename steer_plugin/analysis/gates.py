@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from steer_plugin.errors import FrameworkError, InputError, nearest
+from steer_plugin.analysis._figure import new_figure
+from steer_plugin.errors import InputError, nearest
 from steer_plugin.record import CLASSES, PADDING, Record
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def plot_gates(record: Record, name: str = "gate", x: str = "token", *, row: int
         raise InputError(f"a single row can be drawn by token only, not by {x!r}.")
     grid = _tokens(record, name, row) if x == "token" else _means(record, name, x)
     width = min(14.0, 4.5 + (0.7 if x == "class" else 0.14) * grid.values.shape[1])
-    figure = _figure(width, 2.4 + 0.16 * min(40, len(grid.values)))
+    figure = new_figure(width, 2.4 + 0.16 * min(40, len(grid.values)))
     axes = figure.subplots()
     axes.set_facecolor("0.85")
     finite = grid.values[np.isfinite(grid.values)]
@@ -80,7 +81,7 @@ def plot_profile(records: Mapping[str, Record], name: str = "gate") -> Figure:
     """
     if not records:
         raise InputError("plot_profile needs at least one record, as in {'rain': record}.")
-    figure = _figure(6.0, 3.6)
+    figure = new_figure(6.0, 3.6)
     axes = figure.subplots()
     for number, (key, record) in enumerate(records.items()):
         frame = record.summary("layer", name)
@@ -92,15 +93,6 @@ def plot_profile(records: Mapping[str, Record], name: str = "gate") -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure of its own: pyplot would keep it, and show it twice in a notebook."""
-    try:
-        from matplotlib.figure import Figure as Made
-    except ImportError as error:
-        raise FrameworkError("figures need matplotlib: pip install 'steer-plugin[analysis]'.") from error
-    return Made(figsize=(width, height), layout="constrained")
 
 
 def _whole(axes: Axes) -> None:

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PretrainedConfig, ProcessorMixin
 
-from steer_plugin.errors import FrameworkError, InputError
+from steer_plugin.analysis._figure import new_figure
+from steer_plugin.errors import InputError
 from steer_plugin.pictures import Box, Inputs, Picture, Pictures, Section, sections
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _draw(
     """Lay the panels out, fill them, and give the values their colour bar."""
     across, down = min(_ACROSS, len(panels)), -(-len(panels) // _ACROSS)
     tallest = max(picture.size[1] / picture.size[0] for picture in pictures)
-    figure = _figure(3.2 * across + 0.8 * (heat is not None), down * (0.7 + 3.0 * min(1.6, max(0.4, tallest))))
+    figure = new_figure(3.2 * across + 0.8 * (heat is not None), down * (0.7 + 3.0 * min(1.6, max(0.4, tallest))))
     every = figure.subplots(down, across, squeeze=False).flatten().tolist()
     drawn: Any = None
     for axes, panel in zip(every, panels, strict=False):
@@ -152,15 +153,6 @@ def _draw(
     if drawn is not None:
         figure.colorbar(drawn, ax=every, label=label)
     return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure of its own: pyplot would keep it, and show it twice in a notebook."""
-    try:
-        from matplotlib.figure import Figure as Made
-    except ImportError as error:
-        raise FrameworkError("figures need matplotlib: pip install 'steer-plugin[analysis]'.") from error
-    return Made(figsize=(width, height), layout="constrained")
 
 
 def _show(axes: Axes, picture: Image.Image, *, grey: bool) -> None:

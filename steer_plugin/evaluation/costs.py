@@ -25,7 +25,6 @@ from steer_plugin.adapters._inputs import with_positions
 from steer_plugin.context import Read
 from steer_plugin.errors import InputError, PositionError
 from steer_plugin.intervention import Intervention, Steerable, Write
-from steer_plugin.training.trainee import while_training
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ def _forced(write: Write) -> Write:
             "step; give a number."
         )
     reads = tuple(Read(read.site, read.positions & "prompt") for read in write.reads)
-    return replace(write, positions=while_training(write.positions), reads=reads)
+    return replace(write, positions=write.positions.forced(), reads=reads)
 
 
 def _check_counts(added: Intervention, counts: Sequence[Sequence[int]]) -> None:

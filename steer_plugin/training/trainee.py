@@ -25,16 +25,8 @@ from steer_plugin.adapters._inputs import encode
 from steer_plugin.contrast.rows import SteeringRow
 from steer_plugin.errors import InputError
 from steer_plugin.methods.steervlm import SteerVLM
-from steer_plugin.positions import Positions
 
 IGNORED = -100
-
-
-def while_training(positions: Positions) -> Positions:
-    """Positions of a forced answer: what is fed back while decoding is `completion` in a training forward."""
-    if positions.op == "name":
-        return positions | "completion" if positions.name == "generated" else positions
-    return Positions(positions.op, parts=tuple(while_training(part) for part in positions.parts))
 
 
 def processor_of(vlm: AttachedModel) -> ProcessorMixin:
@@ -110,7 +102,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.module = steering.module
         self._vocabulary = vocabulary  # tokens to score among; None: all
-        self._held = (vlm, steering.with_positions(while_training(steering.positions)), checkpointing)
+        self._held = (vlm, steering.with_positions(steering.positions.forced()), checkpointing)
         self._open = ExitStack()
 
     def forward(

@@ -14,6 +14,7 @@ from typing import Any
 import _zoo
 import pytest
 import torch
+from _tiny import Recorder
 from torch import Tensor, nn
 
 import steer_plugin as sp
@@ -94,17 +95,6 @@ def vector(width: int, seed: int = 0) -> Tensor:
     return torch.randn(width, generator=torch.Generator().manual_seed(seed))
 
 
-class Scores:
-    """A LogitsProcessor that keeps the scores of every step; suppressed tokens are at -inf already."""
-
-    def __init__(self) -> None:
-        self.kept: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.kept.append(scores.clone())
-        return scores
-
-
 def steered_by_hand(name: str, kind: str, where: str, new: int, layer: int = LAYER) -> tuple[Tensor, list[Tensor]]:
     """Greedy tokens and the scores of each step with a vector added by a plain hook."""
     model, inputs, added = _zoo.tiny(name), _zoo.inputs_of(name), vector(_zoo.D) * 3
@@ -118,10 +108,10 @@ def steered_by_hand(name: str, kind: str, where: str, new: int, layer: int = LAY
             return hidden + added
         return torch.where(mask[..., None], hidden + added, hidden)
 
-    kept = Scores()
+    kept = Recorder()
     with plain(model, name, kind, act, layer), torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=new, do_sample=False, logits_processor=[kept])
-    return ids, kept.kept
+    return ids, kept.scores
 
 
 def attached(name: str, framework: str) -> sp.AttachedModel:
@@ -154,10 +144,10 @@ def test_generation_equals_plain_hooks(name: str, framework: str, kind: str):
     vlm, inputs = attached(name, framework), _zoo.inputs_of(name)
     steering = sp.MeanSteering(vector(_zoo.D), site=sp.Site(kind, LAYER), alpha=3.0)
     expected, scores = steered_by_hand(name, kind, "last_prompt|generated", 5)
-    kept = Scores()
+    kept = Recorder()
     got = vlm.generate(**inputs, steering=steering, max_new_tokens=5, do_sample=False, logits_processor=[kept])
     assert torch.equal(got, expected)
-    assert all(torch.equal(a, b) for a, b in zip(kept.kept, scores, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept.scores, scores, strict=True))
     assert vlm.counts == [[1 + 4] * 3]
     unsteered = vlm.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert not torch.equal(unsteered, expected)
@@ -178,11 +168,11 @@ def test_reads_and_writes_are_those_of_the_module(name: str, framework: str, kin
     real = inputs["attention_mask"].bool()
     assert torch.equal(got[sp.Site(kind, LAYER)][got.mask], seen[0][real])
     expected, scores = steered_by_hand(name, kind, "everywhere", 3)
-    kept = Scores()
+    kept = Recorder()
     steering = sp.MeanSteering(vector(_zoo.D), site=sp.Site(kind, LAYER), alpha=3.0, positions="everywhere")
     tokens = vlm.generate(**inputs, steering=steering, max_new_tokens=3, do_sample=False, logits_processor=[kept])
     assert torch.equal(tokens, expected)
-    for ours, theirs in zip(kept.kept, scores, strict=True):
+    for ours, theirs in zip(kept.scores, scores, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
@@ -252,13 +242,13 @@ def test_vision_sites_and_the_projector(name: str, framework: str):
         assert torch.equal(vlm.cache(inputs, site)[site].flatten(), seen[0].flatten())
         added = vector(seen[0].shape[-1]) * 5
         with plain(other, name, kind, lambda h, added=added: h + added, 1), torch.no_grad():
-            kept = Scores()
+            kept = Recorder()
             expected = other.generate(**inputs, max_new_tokens=3, do_sample=False, logits_processor=[kept])
-        ours = Scores()
+        ours = Recorder()
         steering = sp.MeanSteering(added, site=site, positions="everywhere")
         got = vlm.generate(**inputs, steering=steering, max_new_tokens=3, do_sample=False, logits_processor=[ours])
         assert torch.equal(got, expected)
-        assert all(torch.equal(a, b) for a, b in zip(ours.kept, kept.kept, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(ours.scores, kept.scores, strict=True))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

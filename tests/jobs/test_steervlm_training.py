@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import steer_plugin as sp
-from steer_plugin.training.trainee import Collator, Trainee, while_training
+from steer_plugin.training.trainee import Collator, Trainee
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _steervlm_job import config, rows, vlm
@@ -90,8 +90,8 @@ def test_nothing_is_printed_without_progress(capsys: pytest.CaptureFixture[str])
 
 
 def test_positions_while_training():
-    assert str(while_training(sp.Positions.parse("paper"))) == "last_prompt|generated|completion"
-    assert str(while_training(sp.Positions.parse("everywhere"))) == "everywhere"
+    assert str(sp.Positions.parse("paper").forced()) == "last_prompt|generated|completion"
+    assert str(sp.Positions.parse("everywhere").forced()) == "everywhere"
 
 
 def test_report_and_artefact(tmp_path: Path):
