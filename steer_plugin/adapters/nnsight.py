@@ -61,7 +61,7 @@ class NNsightLowering(SteeredModel):
                 "elsewhere (cpu_offload, disk_offload). Give a device_map that leaves the vision tower in memory, or "
                 "attach the plain Hugging Face model."
             )
-        self._running: tuple[tuple[object, ...], dict[str, object]] | None = None
+        self._running: tuple[object, tuple[object, ...], dict[str, object]] | None = None
         self._blocks: list[tuple[weakref.ref[Run], weakref.ref[Batcher]]] = []
         self._notice_forwards()
 
@@ -72,7 +72,8 @@ class NNsightLowering(SteeredModel):
         def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if (vlm := me()) is not None:
                 vlm._pause_blocks()
-                vlm._running = (args, kwargs)
+                # With its trace: a forward that was broken off (Ctrl-C, an extraction's early stop) never ends here.
+                vlm._running = (vlm.envoy.interleaver.batcher, args, kwargs)
 
         def after(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             if (vlm := me()) is not None:
@@ -192,8 +193,8 @@ class NNsightLowering(SteeredModel):
         run.watch()
         self.equip(run)
         self._blocks.append((weakref.ref(run), weakref.ref(trace)))
-        if self._running is not None:
-            run.begin(*self._running)
+        if self._running is not None and self._running[0] is trace:
+            run.begin(*self._running[1:])
 
     def _pause_blocks(self) -> None:
         """Stop runs of traces that are over: a traceback, or a server, may keep a block's variables longer."""

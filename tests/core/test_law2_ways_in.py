@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from _tiny import (
+    ADAPTERS,
     D_MODEL,
     D_VISION,
     WRAP,
@@ -16,6 +17,7 @@ from _tiny import (
     greedy,
     hand_masks,
     plain_hooks,
+    tiny_inputs,
     tiny_llava,
     tiny_processor,
 )
@@ -237,3 +239,24 @@ def test_the_same_model_in_all_three_frameworks(plain, inputs):
             vlm.generate(**inputs, steering=steering(*case), max_new_tokens=5, do_sample=False), expected
         )
     assert torch.equal(greedy(hf, inputs), greedy(plain, inputs))
+
+
+def test_a_forward_that_was_broken_off_is_not_taken_for_the_present_one():
+    """Ctrl-C inside a forward, then a block: what it steers is its own forward."""
+    vlm = ADAPTERS["nnsight"](tiny_processor())
+    inputs, steering = tiny_inputs(2), sp.add("resid_post.1", draw(D_MODEL, scale=2), "last_prompt")
+
+    def interrupt(module: Any, args: Any, output: Any) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        cache = vlm.root(**inputs).past_key_values
+    handle = vlm.root.get_submodule("model.language_model.layers.2").register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):  # two tokens behind a filled cache, as an extraction runs them
+        vlm.root(input_ids=inputs["input_ids"][:, -2:], past_key_values=cache)
+    handle.remove()
+    with torch.no_grad(), vlm.model.trace(**inputs):
+        steering.apply(vlm)
+        logits = vlm.model.lm_head.output.save()
+    with torch.no_grad(), vlm.steering(steering) as steered:
+        assert torch.equal(steered(**inputs).logits, logits)
