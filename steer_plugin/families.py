@@ -140,6 +140,7 @@ KNOWN: tuple[Family, ...] = (
         name="paligemma",
         model_types=("paligemma",),
         positions="mask+1",
+        answer_type=1,  # answers attend causally, the prompt both ways
         replay="second_pass",
         notes="picture and prompt attend to each other both ways; over Gemma 2, attn_out and mlp_out lie behind norms",
     ),

@@ -43,6 +43,7 @@ class Family:
             "own" when the model makes them (mRoPE).
         replay: "exact" when cropping the KV cache by one and running that token again gives the same stream,
             "second_pass" when a late read needs a whole further pass.
+        answer_type: what token_type_ids say of an answer's tokens, where the family has such.
         notes: what a user of its sites should know.
     """
 
@@ -66,6 +67,7 @@ class Family:
     assistant_headers: tuple[str, ...] = ()
     positions: Literal["mask", "mask+1", "own"] = "mask"
     replay: Literal["exact", "second_pass"] = "exact"
+    answer_type: int = 0
     notes: str = ""
 
     def point(self, site: Site, *, cross: bool = False) -> tuple[str, End]:

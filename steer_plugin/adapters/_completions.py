@@ -22,9 +22,10 @@ def right_padded(
 def forced_inputs(
     inputs: Mapping[str, Tensor], completions: Sequence[Sequence[int]], token_type: int = 0
 ) -> tuple[dict[str, Tensor], Int[Tensor, " row"]]:
-    """Left-padded prompts with their completions appended, positives first; and how many tokens were forced.
+    """Left-padded prompts with their completions appended, and how many tokens were forced.
 
-    `token_type` is what token_type_ids say of an answer (1 for PaliGemma, whose answers attend causally).
+    One completion per prompt, or a whole number of them: all first ones, then all second ones. `token_type` is what
+    token_type_ids say of an answer.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     lengths = [len(completion) for completion in completions]
@@ -47,7 +48,7 @@ def forced_inputs(
         if key == "input_ids":
             out[key] = joined(value, lambda row, number: torch.tensor(completions[number], device=row.device), pad_id)
         elif value.shape[:2] != ids.shape:
-            out[key] = torch.cat([value, value])
+            out[key] = torch.cat([value] * (len(completions) // ids.shape[0]))
         elif value.ndim == 2:
             kind = {"attention_mask": 1, "token_type_ids": token_type}.get(key, 0)
             out[key] = joined(value, lambda row, number, kind=kind: row.new_full((lengths[number],), kind), 0)

@@ -206,12 +206,7 @@ class Extraction:
     def _forced(
         self, inputs: Mapping[str, Tensor], completions: Sequence[Sequence[int]]
     ) -> tuple[dict[str, Tensor], Int[Tensor, " row"]]:
-        return forced_inputs(inputs, completions, self._answer_type)
-
-    @property
-    def _answer_type(self) -> int:
-        """What token_type_ids say of an answer: PaliGemma's attend causally, and are marked for it."""
-        return int(self.parts.family.name == "paligemma")
+        return forced_inputs(inputs, completions, self.parts.family.answer_type)
 
     def _pool(self, hidden: Float[Tensor, "row pos d_model"], real: Bool[Tensor, "row pos"]) -> Tensor:
         if self.plan.target == "last":
@@ -233,7 +228,7 @@ class Extraction:
             ids = cast(Any, self.parts.root).generate(**joined, do_sample=True, max_new_tokens=self.plan.sampled_tokens)
         new = ids.shape[1] - joined["input_ids"].shape[1]
         alive = until_eos(ids[:, -new:], self.parts.root) if new else ids[:, :0].bool()
-        full = with_positions(self.parts, continued(joined, ids, alive, self._answer_type))
+        full = with_positions(self.parts, continued(joined, ids, alive, self.parts.family.answer_type))
         columns = torch.arange(ids.shape[1], device=ids.device)
         behind = full["attention_mask"].bool() & (columns >= joined["input_ids"].shape[1] - forced[:, None])
         got: dict[str, Tensor] = {}

@@ -251,9 +251,7 @@ def _masked_mean(values: Float[Tensor, "row pos"], mask: Bool[Tensor, "row pos"]
 
 def _joined(vlm: AttachedModel, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     given = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
-    # PaliGemma marks answers, which attend causally. The helper makes two sides of a contrast: the first is ours.
-    both, _ = forced_inputs(given, [*answers, *answers], int(vlm.parts.family.name == "paligemma"))
-    return {key: value[: value.shape[0] // 2] for key, value in both.items()}
+    return forced_inputs(given, answers, vlm.parts.family.answer_type)[0]
 
 
 def _forced(write: Write) -> Write:
