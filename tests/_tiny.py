@@ -181,30 +181,32 @@ def plain_module(kind: str, layer: int | None) -> tuple[str, bool]:
     return f"{root}.{layer}{_MODULES[bare]}", bare == "resid_pre"
 
 
+def hook_plainly(module: nn.Module, entering: bool, act: Act) -> Any:
+    """Let `act` see the tensor that enters or leaves a module, and return the one to go on with; returns the handle."""
+
+    def pre(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        new = act(args[0] if args else kwargs["hidden_states"])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    def post(module: nn.Module, args: Any, output: Any) -> Any:
+        new = act(output[0] if isinstance(output, tuple) else output)
+        return output if new is None else (new, *output[1:]) if isinstance(output, tuple) else new
+
+    if entering:
+        return module.register_forward_pre_hook(pre, with_kwargs=True)
+    # Before the hooks by which transformers collects hidden states (LLaVA takes its picture features there).
+    return module.register_forward_hook(post, prepend=True)
+
+
 @contextmanager
 def plain_hooks(hf: nn.Module, *sites: tuple[str, int | None, Act]) -> Iterator[None]:
     """Hook (kind, layer, act) with torch alone; `act` may return the tensor to go on with."""
     handles = []
     for kind, layer, act in sites:
         path, entering = plain_module(kind, layer)
-        module = hf.get_submodule(path)
-
-        def pre(module: nn.Module, args: Any, kwargs: Any, act: Act = act) -> Any:
-            new = act(args[0] if args else kwargs["hidden_states"])
-            if new is None:
-                return None
-            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-        def post(module: nn.Module, args: Any, output: Any, act: Act = act) -> Any:
-            new = act(output[0] if isinstance(output, tuple) else output)
-            return output if new is None else (new, *output[1:]) if isinstance(output, tuple) else new
-
-        handles.append(
-            module.register_forward_pre_hook(pre, with_kwargs=True)
-            if entering
-            # Before the hooks by which transformers collects hidden states (LLaVA takes its picture features there).
-            else module.register_forward_hook(post, prepend=True)
-        )
+        handles.append(hook_plainly(hf.get_submodule(path), entering, act))
     try:
         yield
     finally:

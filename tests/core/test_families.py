@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 import _zoo
 import pytest
 import torch
-from _tiny import Recorder
+from _tiny import Recorder, hook_plainly
 from torch import Tensor, nn
 
 import steer_plugin as sp
@@ -68,23 +67,7 @@ def module_of(name: str, kind: str, layer: int = LAYER) -> tuple[str, bool]:
 def plain(model: nn.Module, name: str, kind: str, act: Act, layer: int = LAYER) -> Iterator[None]:
     """Hook one site with torch alone."""
     path, entering = module_of(name, kind, layer)
-
-    def pre(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        new = act(args[0] if args else kwargs["hidden_states"])
-        if new is None:
-            return None
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-    def post(module: nn.Module, args: Any, output: Any) -> Any:
-        new = act(output[0] if isinstance(output, tuple) else output)
-        return None if new is None else (new, *output[1:]) if isinstance(output, tuple) else new
-
-    module = model.get_submodule(path)
-    handle = (
-        module.register_forward_pre_hook(pre, with_kwargs=True)
-        if entering
-        else module.register_forward_hook(post, prepend=True)
-    )
+    handle = hook_plainly(model.get_submodule(path), entering, act)
     try:
         yield
     finally:
