@@ -1,64 +1,54 @@
-"""Answers on disk: one JSON line each, appended as they come: a killed run loses at most the batch it was in."""
+"""Answers on disk: one JSON line each, appended as they come: a killed run loses at most the batch it was in.
+
+{"id": ..., "answer": ..., "tokens": [...]}         tokens up to and with the end of sequence
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from steer_plugin.atomic import JSON
-from steer_plugin.errors import JobError
+from steer_plugin.jsonl import JsonLines
+
+FORMAT = 2
+
+
+class Answer(NamedTuple):
+    """What was said, and the token ids that said it, the end of sequence included."""
+
+    text: str
+    tokens: tuple[int, ...]
 
 
 class AnswerLog:
-    """A JSONL file of {id, answer} whose first line describes the job.
+    """A JSONL file of answers, which belongs to one model, method and set of questions.
 
     Raises:
-        JobError: the file belongs to another job, or cannot be written.
+        JobError: the file belongs to another job, is no such log, or cannot be written.
     """
 
     def __init__(self, path: Path, job: Mapping[str, JSON]) -> None:
-        self.path = path
-        self.answers: dict[str, str] = {}
-        header = json.dumps({"job": hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()})
-        if path.exists():
-            self._resume(header)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._append([header])
+        # By digest: the keys of thousands of questions are part of the job.
+        digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+        self._lines = JsonLines(path, {"answers": digest, "format": FORMAT}, "answers")
+        try:
+            self.answers = {str(row["id"]): _answer(row) for row in self._lines.rows}
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._lines.broken(error) from error
 
-    def _resume(self, header: str) -> None:
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        lines = whole.decode().splitlines()
-        if lines and lines[0] != header:
-            raise JobError(
-                f"{self.path} holds answers of another job (other model, questions, method or strength); "
-                "choose another --out, or delete it."
-            )
-        # A killed writer may leave half a line; it is cut off and its question asked again.
-        if len(whole) != len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        if not lines:
-            self._append([header])
-        for line in lines[1:]:
-            row = cast("dict[str, str]", json.loads(line))
-            self.answers[row["id"]] = row["answer"]
-
-    def add(self, ids: Sequence[str], answers: Sequence[str]) -> None:
+    def add(self, ids: Sequence[str], answers: Sequence[Answer]) -> None:
         """Append answers; they are on disk when this returns."""
-        self._append([json.dumps({"id": i, "answer": a}) for i, a in zip(ids, answers, strict=True)])
+        rows: list[dict[str, JSON]] = [
+            {"id": one, "answer": answer.text, "tokens": list(answer.tokens)}
+            for one, answer in zip(ids, answers, strict=True)
+        ]
+        self._lines.add(rows)
         self.answers.update(zip(ids, answers, strict=True))
 
-    def _append(self, lines: Sequence[str]) -> None:
-        try:
-            with self.path.open("ab") as file:
-                file.write("".join(f"{line}\n" for line in lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise JobError(f"cannot write {self.path}: {error}. Free some space and run again; it resumes.") from error
+
+def _answer(row: Mapping[str, JSON]) -> Answer:
+    return Answer(str(row["answer"]), tuple(int(token) for token in cast("list[int]", row["tokens"])))

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from steer_plugin.adapters import AttachedModel
 from steer_plugin.atomic import JSON
 from steer_plugin.errors import InputError
-from steer_plugin.evaluation.answers import AnswerLog
+from steer_plugin.evaluation.answers import Answer, AnswerLog
+from steer_plugin.evaluation.costs import answer_tokens
 from steer_plugin.intervention import Steerable
 
 
@@ -57,12 +58,25 @@ AUTHORS_TOKENS = 128
 
 @dataclass(frozen=True)
 class Method:
-    """A named way to answer: a steering for each batch (by ids), and an instruction before the question."""
+    """A named way to answer.
+
+    Attributes:
+        steering: what to steer a batch by, from its ids; None for nothing.
+        prefix: an instruction before each question.
+        note: what decides the answers besides (strength, layers, digests): answers of another note are not resumed.
+        worded: item id -> what is asked instead of the item's own text.
+    """
 
     name: str
     steering: Callable[[Sequence[str]], Steerable | None] = lambda ids: None
     prefix: str = ""
     note: Mapping[str, JSON] | None = None
+    worded: Mapping[str, str] | None = None
+
+    def text(self, item: Asked) -> str:
+        """What an item is asked by."""
+        own = item.text if self.worded is None else self.worded.get(item.id, item.text)
+        return f"{self.prefix} {own}" if self.prefix else own
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,28 @@ def answers(
     encoded: MutableMapping[str, dict[str, Tensor]] | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
-    """Ask every different question once; return key -> answer; resumable when `log` is given.
+    """Ask every different question once; return key -> text of the answer; as `answered` in everything else."""
+    found = answered(
+        vlm, items, method, batch_size=batch_size, max_new_tokens=max_new_tokens, sampling=sampling, log=log, job=job,
+        encoded=encoded, progress=progress,
+    )  # fmt: skip
+    return {key: answer.text for key, answer in found.items()}
+
+
+def answered(
+    vlm: AttachedModel,
+    items: Sequence[Asked],
+    method: Method,
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = ANSWER_TOKENS,
+    sampling: Sampling | None = None,
+    log: Path | None = None,
+    job: Mapping[str, JSON] | None = None,
+    encoded: MutableMapping[str, dict[str, Tensor]] | None = None,
+    progress: bool = True,
+) -> dict[str, Answer]:
+    """Ask every different question once; return key -> answer with its tokens; resumable when `log` is given.
 
     Answers are greedy unless `sampling` draws them. `encoded` keeps the encoded batches for further calls on the same
     items (sweeps over strengths).
@@ -147,20 +182,22 @@ def answers(
     asked = distinct(items)
     described: dict[str, JSON] = {"method": method.name, "note": method.note, "prefix": method.prefix, **(job or {})}
     described |= {"keys": [item.key for item in asked], "max_new_tokens": max_new_tokens}
+    if method.worded is not None:
+        described["texts"] = [method.text(item) for item in asked]
     if sampling is not None:
         # A draw depends on who shares the batch.
         described["sampling"] = {**sampling.as_json(), "batch_size": batch_size}
     book = None if log is None else AnswerLog(log, described)
     known = {} if book is None else book.answers
     bar = tqdm(total=len(asked), desc=method.name, unit="question", disable=not progress, leave=False)
-    out: dict[str, str] = {}
+    out: dict[str, Answer] = {}
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
         if any(item.key not in known for item in batch):
-            texts = _ask(vlm, batch, method, max_new_tokens, sampling, {} if encoded is None else encoded)
-            fresh = [(item.key, text) for item, text in zip(batch, texts, strict=True) if item.key not in known]
+            said = _ask(vlm, batch, method, max_new_tokens, sampling, {} if encoded is None else encoded)
+            fresh = [(item.key, answer) for item, answer in zip(batch, said, strict=True) if item.key not in known]
             if book is not None:
-                book.add([key for key, _ in fresh], [text for _, text in fresh])
+                book.add([key for key, _ in fresh], [answer for _, answer in fresh])
             out.update(fresh)
         out.update({item.key: known[item.key] for item in batch if item.key in known})
         bar.update(len(batch))
@@ -175,16 +212,16 @@ def _ask(
     max_new_tokens: int,
     sampling: Sampling | None,
     encoded: MutableMapping[str, dict[str, Tensor]],
-) -> list[str]:
-    name = "\n".join([method.prefix, *(item.key for item in batch)])
+) -> list[Answer]:
+    name = "\n".join(f"{item.key}|{method.text(item)}" for item in batch)
     if name not in encoded:
-        encoded[name] = vlm.inputs(
-            [f"{method.prefix} {item.text}".strip() for item in batch], [list(item.load_images()) for item in batch]
-        )
+        encoded[name] = vlm.inputs([method.text(item) for item in batch], [list(item.load_images()) for item in batch])
     inputs = encoded[name]
     steering = method.steering([item.id for item in batch])
     batch_name = "\n".join(item.key for item in batch)
     chosen = nullcontext({"do_sample": False}) if sampling is None else sampling.drawing(batch_name, vlm.device)
     with chosen as how:
         ids = vlm.generate(steering=steering, **inputs, max_new_tokens=max_new_tokens, **how)
-    return vlm.decode(ids[:, inputs["input_ids"].shape[1] :])
+    texts = vlm.decode(ids[:, inputs["input_ids"].shape[1] :])
+    tokens = answer_tokens(vlm, inputs, ids)
+    return [Answer(text, tuple(row)) for text, row in zip(texts, tokens, strict=True)]

@@ -1,4 +1,4 @@
-"""Comparing methods on the same questions: McNemar's test, sign flips of whole pictures, Holm's correction, seeds.
+"""Comparing methods on the same questions: McNemar's test, sign flips of whole pictures, Holm's correction.
 
     b, c         questions that only the first, only the second method got right;  n = b + c,  X binomial (n, 1/2)
     exact        p = min(1, 2 P(X <= min(b, c)))
@@ -26,8 +26,6 @@ from numpy.typing import ArrayLike, NDArray
 from steer_plugin.errors import InputError
 from steer_plugin.evaluation.intervals import (
     Interval,
-    Values,
-    bootstrap_interval,
     mcnemar_exact,
     paired_difference,
 )
@@ -39,7 +37,7 @@ Kind: TypeAlias = Literal["auto", "exact", "mid-p", "chi-square"]
 # Up to here McNemar's test is exact; above it, chi-square with continuity follows the exact p closely.
 EXACT_PAIRS = 200
 # Up to so many pictures that differ, every pattern of signs is counted; above, patterns are drawn.
-_COUNTED_PICTURES = 14
+COUNTED_PICTURES = 14
 _BLOCK = 256
 
 
@@ -73,15 +71,6 @@ class Comparison:
     p_value: float
     p_holm: float
     significant: bool
-
-
-@dataclass(frozen=True)
-class SeedSummary:
-    """Several runs of one method: mean with its interval, standard deviation between runs, and each run's mean."""
-
-    mean: Interval
-    spread: float
-    means: tuple[float, ...]
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike, kind: Kind = "auto") -> PairedTest:
@@ -121,7 +110,7 @@ def sign_flips(
     sums = sums[sums != 0]
     # Sums of the same differences in another order differ in their last bits.
     least = abs(float(sums.sum())) - 1e-9 * float(np.abs(sums).sum())
-    if len(sums) <= _COUNTED_PICTURES:
+    if len(sums) <= COUNTED_PICTURES:
         patterns = (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums))) & 1
         p = float((np.abs((1 - 2 * patterns) @ sums) >= least).mean())
     else:
@@ -192,33 +181,6 @@ def comparison_table(rows: Sequence[Comparison], digits: int = 1, scale: float =
         for row in rows
     }
     return markdown_table(cells, digits=digits, scale=scale)
-
-
-def across_seeds(
-    runs: Sequence[ArrayLike], groups: Groups = None, *, seed: int, resamples: int = 2000, level: float = 0.95
-) -> SeedSummary:
-    """Combine runs of one method that differ by seed, each (question,) on the same questions.
-
-    The interval resamples runs and pictures independently of each other (Owen 2007). Over S runs a bootstrap sees
-    (S - 1)/S of the variance between them, so with two or three it is a lower bound. Differences from a baseline may
-    be given as runs. Raises InputError for fewer than two runs, or runs on different questions.
-    """
-    if len(runs) < 2:
-        raise InputError(f"Got {len(runs)} runs: expected at least two seeds; one run has no spread between seeds.")
-    table = [_scores(run, f"run {number}") for number, run in enumerate(runs)]
-    for number, run in enumerate(table):
-        _same_questions(table[0], run, f"run {number}")
-    random = np.random.default_rng([seed, len(runs)])
-    count = len(runs)
-
-    def over_both(values: Values, weights: Values) -> Values:
-        times = random.multinomial(count, np.full(count, 1 / count), size=len(weights))
-        return ((weights @ values) * times).sum(axis=1) / (count * weights.sum(axis=1))
-
-    drawn = bootstrap_interval(np.stack(table, axis=1), groups, over_both, seed=seed, resamples=resamples, level=level)
-    means = [float(run.mean()) for run in table]
-    value = sum(means) / count
-    return SeedSummary(Interval(value, drawn.low, drawn.high, level), float(np.std(means, ddof=1)), tuple(means))
 
 
 def _mid_p(b: int, c: int) -> float:

@@ -6,8 +6,9 @@ of `HELD_TOPICS` come up in "test" alone.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from PIL import Image
@@ -15,7 +16,7 @@ from PIL import Image
 from steer_plugin.errors import InputError, nearest
 from steer_plugin.pocket.company import SUBSETS, absent_noun, companion
 from steer_plugin.pocket.language import DESCRIBE, caption, question
-from steer_plugin.pocket.requests import KINDS, SEEN_OR_GUESSED, Kind, Verdict, Wish, draw_wish
+from steer_plugin.pocket.requests import ASKED, KINDS, OPENINGS, SEEN_OR_GUESSED, Kind, Verdict, Wish, draw_wish
 from steer_plugin.pocket.scene import Scene, caption_groups, draw_scene
 from steer_plugin.pocket.sprites import NOUNS
 from steer_plugin.pocket.stances import HELD_TOPICS, PAIR_KINDS, SEEN_TOPICS, PairKind, StancePair, draw_pair
@@ -149,18 +150,31 @@ class World:
         scenes = [self.scene(index, split) for index in range(_count(n_pictures))]
         return [_caption_case(scene) for scene in scenes]
 
-    def requests(self, n_pictures: int, split: str = "test", kinds: Sequence[str] = KINDS) -> list[Request]:
+    def requests(
+        self,
+        n_pictures: int,
+        split: str = "test",
+        kinds: Sequence[str] = KINDS,
+        *,
+        wordings: str | None = None,
+    ) -> list[Request]:
         """Ask for one thing of each kind about pictures 0 .. n - 1 of a split, in the wordings of that split.
 
-        InputError for an unknown split or kind, or a negative count.
+        `wordings` asks for the same things, under the same ids, as another split words them. InputError for an unknown
+        split or kind, or a negative count.
         """
         chosen: list[Kind] = _all_known("kind", kinds, KINDS)
         _known("split", split, SPLITS)
+        worded = split if wordings is None else _known("split", wordings, SPLITS)
         asked: list[Request] = []
         for index in range(_count(n_pictures)):
             scene = self.scene(index, split)
             rng = stream("requests", self.seed, split, index)
             wishes = {kind: draw_wish(kind, scene.nouns, _wordings(split), rng) for kind in KINDS}
+            if worded != split:
+                # A stream of its own: the things asked for must not depend on how they are worded.
+                rng = stream("wordings", self.seed, split, index, worded)
+                wishes = {kind: _reworded(wish, rng.choice(_wordings(worded)), rng) for kind, wish in wishes.items()}
             asked += [Request(f"{scene.id}-{kind}", scene.image, wishes[kind], scene.id) for kind in chosen]
         return asked
 
@@ -201,6 +215,14 @@ class World:
             answer = f"{_caption_case(scene).truth} {pair.closing}".strip()
             cases.append(StanceCase(f"{scene.id}-stance", scene.image, pair, answer, held, scene.id))
         return cases
+
+
+def _reworded(wish: Wish, split: str, rng: random.Random) -> Wish:
+    """The same wish in the wordings of a split."""
+    if wish.kind == "advice":
+        text = rng.choice(OPENINGS[split]) + wish.act.format(noun=wish.noun)
+        return replace(wish, text=text[0].upper() + text[1:])
+    return replace(wish, text=rng.choice(ASKED[split]).format(act=wish.act, noun=wish.noun))
 
 
 def _caption_case(scene: Scene) -> CaptionCase:

@@ -11,10 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from steer_plugin.errors import InputError
-from steer_plugin.evaluation.intervals import bootstrap_interval, paired_difference
+from steer_plugin.evaluation.intervals import paired_difference
 from steer_plugin.evaluation.paired import (
     EXACT_PAIRS,
-    across_seeds,
     compare,
     comparison_table,
     holm,
@@ -187,30 +186,6 @@ def test_table() -> None:
         comparison_table([])
 
 
-def test_seeds() -> None:
-    pictures = [k // 4 for k in range(200)]
-    base = RANDOM.random(200)
-    runs = [base + shift + RANDOM.normal(0, 0.05, 200) for shift in (-0.2, 0.0, 0.1, 0.2)]
-    found = across_seeds(runs, pictures, seed=0)
-    means = [run.mean() for run in runs]
-    assert found.mean.value == pytest.approx(np.mean(means)) and found.means == pytest.approx(means)
-    assert found.spread == pytest.approx(np.std(means, ddof=1))
-    assert found == across_seeds(runs, pictures, seed=0)
-    # It holds both sources: wider than questions alone, and its variance is about the sum of the two.
-    alone = bootstrap_interval(np.mean(runs, axis=0), pictures, seed=0)
-    assert found.mean.high - found.mean.low > 1.3 * (alone.high - alone.low)
-    by_runs = np.var(means) / len(means)
-    by_pictures = ((alone.high - alone.low) / 3.92) ** 2
-    assert ((found.mean.high - found.mean.low) / 3.92) ** 2 == pytest.approx(by_runs + by_pictures, rel=0.25)
-
-
-def test_equal_seeds_are_one_run() -> None:
-    run = RANDOM.random(100)
-    found, alone = across_seeds([run, run, run], seed=4), bootstrap_interval(run, seed=4)
-    assert found.spread == 0
-    assert (found.mean.value, found.mean.low, found.mean.high) == pytest.approx((alone.value, alone.low, alone.high))
-
-
 def test_bad_input() -> None:
     for call, message in (
         (lambda: mcnemar([1, 0], [1]), "second has 1 scores against 2"),
@@ -223,8 +198,6 @@ def test_bad_input() -> None:
         (lambda: compare([1, 0], {}, seed=0), "no method"),
         (lambda: compare([1, 0], {"L2S": [1]}, seed=0), "L2S has 1 scores against 2"),
         (lambda: compare([1, 0], {"L2S": [1, 0]}, ["a"], seed=0), "1 groups for 2 rows"),
-        (lambda: across_seeds([[1, 0]], seed=0), "at least two seeds"),
-        (lambda: across_seeds([[1, 0], [1]], seed=0), "run 1 has 1 scores against 2"),
     ):
         with pytest.raises(InputError, match=message):
             call()

@@ -317,3 +317,22 @@ def test_another_split_asks_in_other_words_about_other_pictures() -> None:
 def test_bad_arguments_are_named(wrong: Callable[[pocket.World], object], says: str) -> None:
     with pytest.raises(InputError, match=says.replace("?", r"\?")):
         wrong(pocket.World(0))
+
+
+@pytest.mark.parametrize("wordings", SPLITS)
+def test_the_same_requests_in_other_wordings(wordings: str) -> None:
+    world, known = pocket.World(0), {wish.text for split in FAMILIES for wish in EVERY[split]}
+    plain, other = world.requests(60, "test"), world.requests(60, "test", wordings=wordings)
+    families = FAMILIES if wordings == "model" else (wordings,)
+    allowed = {wish.text for split in families for wish in EVERY[split]}
+    for one, two in zip(plain, other, strict=True):
+        assert (one.id, one.scene_id, one.kind) == (two.id, two.scene_id, two.kind)
+        assert (one.wish.noun, one.wish.act, one.wish.expert) == (two.wish.noun, two.wish.act, two.wish.expert)
+        assert one.image.tobytes() == two.image.tobytes() and two.text in allowed <= known
+    changed = [one.text != two.text for one, two in zip(plain, other, strict=True)]
+    assert (sum(changed) == 0) if wordings == "test" else (sum(changed) > 0.5 * len(changed))
+    # More pictures or fewer kinds never change what the others say.
+    harmful = [one.text for one in other if one.kind == "harmful"]
+    assert [one.text for one in world.requests(30, "test", ("harmful",), wordings=wordings)] == harmful[:30]
+    with pytest.raises(InputError, match=r"split must be one of .*got 'tests'"):
+        world.requests(1, wordings="tests")

@@ -6,18 +6,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 from tqdm import tqdm
 
-from steer_plugin.atomic import JSON, make_folder
+from steer_plugin.atomic import JSON
 from steer_plugin.errors import InputError, JobError
 from steer_plugin.evaluation.judges.base import Judge, Judged, Verdict
+from steer_plugin.jsonl import JsonLines
 
 
 class VerdictLog:
@@ -28,15 +25,14 @@ class VerdictLog:
     """
 
     def __init__(self, path: Path, job: Mapping[str, JSON]) -> None:
-        self.path = Path(path)
+        self._lines = JsonLines(path, job, "verdicts")
         self._known: dict[str, tuple[str, Verdict]] = {}
-        # As JSON gives it back: a tuple of settings must not differ from the list that it is stored as.
-        self.job = cast("dict[str, JSON]", json.loads(json.dumps(job, sort_keys=True)))
-        if self.path.exists():
-            self._resume()
-        else:
-            make_folder(self.path.parent)
-            self._append([{"job": self.job}])
+        try:
+            for row in self._lines.rows:
+                verdict = Verdict.from_json(row)
+                self._known[verdict.id] = (str(row["item"]), verdict)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._lines.broken(error) from error
 
     def find(self, item: Judged) -> Verdict | None:
         """Return the verdict on an item, or None.
@@ -49,73 +45,17 @@ class VerdictLog:
         digest, verdict = self._known[item.id]
         if digest != item.digest():
             raise JobError(
-                f"{self.path} holds a verdict on {item.id!r} with another question, answer or picture; choose another "
-                "log for other answers, or delete it."
+                f"{self._lines.path} holds a verdict on {item.id!r} with another question, answer or picture; choose "
+                "another log for other answers, or delete it."
             )
         return verdict
 
     def add(self, items: Sequence[Judged], verdicts: Sequence[Verdict]) -> None:
         """Append verdicts; they are on disk when this returns."""
         digests = [item.digest() for item in items]
-        self._append([{"item": digest, **one.as_json()} for digest, one in zip(digests, verdicts, strict=True)])
+        self._lines.add([{"item": digest, **one.as_json()} for digest, one in zip(digests, verdicts, strict=True)])
         for digest, one in zip(digests, verdicts, strict=True):
             self._known[one.id] = (digest, one)
-
-    def _resume(self) -> None:
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        # A killed writer may leave half a line; it is cut off, and its item judged again.
-        if len(whole) != len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        try:
-            rows = [cast("dict[str, JSON]", json.loads(line)) for line in whole.splitlines()]
-            found = cast("dict[str, JSON]", rows[0]["job"]) if rows else self.job
-            for row in rows[1:]:
-                verdict = Verdict.from_json(row)
-                self._known[verdict.id] = (str(row["item"]), verdict)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise JobError(
-                f"{self.path} is no log of verdicts ({error!r}); choose another file, or delete it."
-            ) from error
-        if found != self.job:
-            raise JobError(
-                f"{self.path} holds verdicts of another job: {_difference(found, self.job)}. Choose another log, or "
-                "delete it."
-            )
-        if not rows:
-            self._append([{"job": self.job}])
-
-    def _append(self, rows: Sequence[Mapping[str, JSON]]) -> None:
-        try:
-            data = "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows).encode()
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{self.path} cannot hold {rows[0].get('id', 'the job')!r}: {error}; use plain JSON."
-            ) from error
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("ab") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            # Half a line in the middle of a log could never be read again.
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)
-            raise JobError(f"cannot write {self.path}: {error}. Free some space and run again; it resumes.") from error
-
-
-def _difference(found: Mapping[str, JSON], wanted: Mapping[str, JSON], name: str = "") -> str:
-    """Name what differs between two job descriptions, with both values cut short."""
-    parts: list[str] = []
-    for key in sorted({*found, *wanted}):
-        old, new = found.get(key), wanted.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            parts += [_difference(old, new, f"{name}{key}.")] if old != new else []
-        elif old != new:
-            parts.append(f"{name}{key} is {str(old)[:60]!r} there and {str(new)[:60]!r} here")
-    return "; ".join(parts)
 
 
 def verdicts(
