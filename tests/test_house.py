@@ -20,7 +20,7 @@ FRAMEWORKS = ("nnsight", "transformer_lens")
 LONGEST = 300
 
 # Which parts a part may not reach, neither itself nor through what it imports.
-CLI = {"cli", "cli_pocket", "cli_train"}
+CLI = {part for part in PARTS if part.split("_")[0] == "cli"}
 TOP = {"analysis", "evaluation", "pocket"} | CLI
 ABOVE_ADAPTERS = TOP | {"methods", "contrast", "training"}
 ABOVE_INTERVENTION = ABOVE_ADAPTERS | {"adapters"}
