@@ -20,11 +20,11 @@ from steer_plugin.adapters._check_report import CheckReport
 from steer_plugin.adapters._extract import Extraction
 from steer_plugin.adapters._inputs import check_inputs, collate, encode, image_rows, with_positions
 from steer_plugin.adapters._plan import SAMPLED_TOKENS, Pair, Plan, parse_target
+from steer_plugin.adapters._prefix import PrefixedModel
 from steer_plugin.adapters._prepare import Taken, prepared
 from steer_plugin.adapters._record import KEEP, Recorder, check_generation
 from steer_plugin.adapters._run import Run
 from steer_plugin.adapters._show import ShownPositions, shown_positions
-from steer_plugin.adapters._steered import SteeredModel
 from steer_plugin.context import Read
 from steer_plugin.errors import FrameworkError, InputError
 from steer_plugin.intervention import Intervention, Steerable
@@ -34,7 +34,7 @@ from steer_plugin.shifts import Shifts
 from steer_plugin.sites import Site
 
 
-class AttachedModel(SteeredModel):
+class AttachedModel(PrefixedModel):
     """A vision-language model that can be steered; made by `sp.attach`.
 
     Attributes:

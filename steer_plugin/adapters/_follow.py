@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, StaticCache
@@ -21,6 +22,7 @@ from steer_plugin.adapters._checks import check_matches, check_rows
 from steer_plugin.adapters._parts import ModelParts
 from steer_plugin.errors import FrameworkError, InputError
 from steer_plugin.intervention import Intervention, Write
+from steer_plugin.layout import TokenLayout
 from steer_plugin.sites import Site
 
 A = TypeVar("A")
@@ -56,6 +58,7 @@ class Follower:
         self._inside = False
         self._awaiting_backward = 0
         self._calls: weakref.WeakKeyDictionary[Cache, Call] = weakref.WeakKeyDictionary()
+        self._given: weakref.WeakSet[Cache] = weakref.WeakSet()
         self._uncached: Call | None = None
         self._handles: list[RemovableHandle] = []
         self._attendants: list[object] = []
@@ -155,9 +158,7 @@ class Follower:
         else:
             real = self.parts.real_tokens(named.get("attention_mask"), rows, width, shown.device)
             self.parts.check_pictures(ids, named)
-            call = Call(self.parts.layout(ids, real, self.completion_tokens), ids, width)
-            check_matches(self.writes, call, single_forward=self.single_forward)
-            check_rows(self.writes, ids, rows)
+            call = self._prompt(ids, self.parts.layout(ids, real, self.completion_tokens))
             self.forward = Forward(call, 0, width)
             self.on_prompt, self.on_decoded = {}, {}
             if cache is None:
@@ -168,6 +169,24 @@ class Follower:
         self.forwards += 1
         self._inside = True
         self._awaiting_backward += int(torch.is_grad_enabled())
+
+    def take_up(self, cache: Cache, ids: Int[Tensor, "row pos"], layout: TokenLayout) -> None:
+        """Know a cache that holds a prompt less its last columns, which no write or read of this steering touches.
+
+        Answer tokens may then follow all at once: those of a given answer.
+
+        Raises:
+            InputError, PositionError: what this prompt cannot host.
+        """
+        self._calls[cache] = self._prompt(ids, layout)
+        self._given.add(cache)
+
+    def _prompt(self, ids: Tensor | None, layout: TokenLayout) -> Call:
+        rows, width = layout.shape
+        call = Call(layout, ids, width)
+        check_matches(self.writes, call, single_forward=self.single_forward)
+        check_rows(self.writes, ids, rows)
+        return call
 
     def end(self, output: object) -> None:
         """Remember which cache a plain forward has filled, so that feeding it back is decoding."""
@@ -183,12 +202,12 @@ class Follower:
                 f"a KV cache with {past} tokens was filled outside this steering (a cache reused over turns?): which "
                 "of them are prompt is unknown. Start the steering before the prompt, without past_key_values."
             )
-        if width != 1:
+        if width != 1 and cache not in self._given:
             raise FrameworkError(
                 f"{width} tokens at once behind a filled cache (chunked prefill, assisted decoding or another turn) "
                 "are refused until proven; feed one token at a time."
             )
-        return Forward(call, past, past + 1)
+        return Forward(call, past, past + width)
 
     def _continued(self, ids: Tensor | None) -> Call | None:
         """Without a cache, a forward that repeats the prompt and adds one token to the last one is decoding."""

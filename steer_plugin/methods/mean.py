@@ -6,8 +6,10 @@ Mean-S and Mean-S(BA) as baselines in Learning to Steer (arXiv 2508.12815), sect
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,12 +17,14 @@ from torch import Tensor
 
 from steer_plugin.atomic import JSON
 from steer_plugin.errors import InputError, nearest
-from steer_plugin.intervention import Alpha, FixedVector, Intervention, Steerable, Write, check_vector
+from steer_plugin.intervention import Alpha, FixedVector, Intervention, Steerable, Write, check_alpha, check_vector
 from steer_plugin.methods._saved import model_of, read_artefact, saved_alpha, write_artefact
 from steer_plugin.methods.hub import HubArtefact
 from steer_plugin.positions import Positions
 from steer_plugin.shifts import Shifts
 from steer_plugin.sites import Site
+
+M = TypeVar("M", bound="MeanSteering")
 
 
 class MeanSteering(HubArtefact, Steerable):
@@ -64,6 +68,18 @@ class MeanSteering(HubArtefact, Steerable):
             InputError: no shift has that behaviour.
         """
         return cls(shifts.mean(behaviour), str(shifts.job["write"]), positions, alpha, model_of(shifts.job))
+
+    def with_alpha(self: M, alpha: Alpha) -> M:
+        """The same vectors at another strength.
+
+        Raises:
+            InputError: alpha not finite.
+        """
+        if not callable(alpha):
+            check_alpha(alpha)
+        other = copy.copy(self)
+        other.alpha = alpha
+        return other
 
     def meta(self) -> dict[str, JSON]:
         """Site, positions, alpha and model, as JSON."""
