@@ -20,6 +20,14 @@ from steer_plugin.errors import (
     SiteError,
     SteeringError,
 )
+from steer_plugin.evaluation.bounds import KLBound, QualityBound
+from steer_plugin.evaluation.calibrate import Calibration, calibrate
+from steer_plugin.evaluation.evaluate import evaluate
+from steer_plugin.evaluation.lineup import Lineup
+from steer_plugin.evaluation.result import Evaluation
+from steer_plugin.evaluation.steerability import Steerability, steerability
+from steer_plugin.evaluation.strengths import Strengths
+from steer_plugin.evaluation.sweep import Sweep, sweep
 from steer_plugin.families import Family, register_family
 from steer_plugin.intervention import Intervention, Steerable, Write, add, patch
 from steer_plugin.methods import (
@@ -75,8 +83,10 @@ __all__ = [
     "Aside",
     "AttachedModel",
     "BehaviourMeans",
+    "Calibration",
     "CheckReport",
     "Context",
+    "Evaluation",
     "Family",
     "FamilyError",
     "FitConfig",
@@ -84,10 +94,13 @@ __all__ = [
     "InputError",
     "Intervention",
     "JobError",
+    "KLBound",
+    "Lineup",
     "MeanSteering",
     "NormRandom",
     "PositionError",
     "Positions",
+    "QualityBound",
     "Read",
     "Record",
     "Shifts",
@@ -96,15 +109,20 @@ __all__ = [
     "SteerVLM",
     "SteerVLMConfig",
     "SteerVLMTraining",
+    "Steerability",
     "Steerable",
     "SteeringError",
     "SteeringRow",
+    "Strengths",
+    "Sweep",
     "Write",
     "add",
     "attach",
     "attn_out",
     "attn_raw",
+    "calibrate",
     "completion",
+    "evaluate",
     "everywhere",
     "generated",
     "image",
@@ -119,6 +137,8 @@ __all__ = [
     "register_family",
     "resid_post",
     "resid_pre",
+    "steerability",
+    "sweep",
     "text",
     "user_end",
     "vision_attn_out",

@@ -1,4 +1,4 @@
-"""`steer-plugin`: check, demo, extract, fit, train, steer, eval, experiments, pocket; thin over the Python calls."""
+"""`steer-plugin`: check, demo, extract, fit, train, steer, eval, reproduce, experiments, pocket; thin over Python."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from steer_plugin.artefact import read as read_artefact
 from steer_plugin.cli_check import check
+from steer_plugin.cli_eval import eval_app
 from steer_plugin.cli_pocket import pocket_app, say
+from steer_plugin.cli_reproduce import reproduce
+from steer_plugin.cli_steering import load_steering
 from steer_plugin.cli_train import experiments_app, train_app
 from steer_plugin.errors import InputError, SteeringError, nearest
 from steer_plugin.intervention import Steerable
@@ -23,12 +25,12 @@ from steer_plugin.shifts import Shifts
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=(
     "Steer vision-language models: extract P2S vectors, fit Learning to Steer, steer your own pictures, evaluate."
 ))  # fmt: skip
-eval_app = typer.Typer(no_args_is_help=True, help="Evaluate steering methods on a benchmark.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(pocket_app, name="pocket")
 app.add_typer(train_app, name="train")
 app.add_typer(experiments_app, name="experiments")
 app.command()(check)
+app.command()(reproduce)
 
 Out = Annotated[Path, typer.Option(help="Output folder; a run that was interrupted resumes in it.")]
 Model = Annotated[str, typer.Option(help="'pocket', a model folder, or a hub id.")]
@@ -161,7 +163,7 @@ def steer(
     loaded = load_steering(steering)
     if isinstance(loaded, SteerVLM) and p_plus is not None and p_minus is not None:
         loaded = loaded.pair(p_plus, p_minus)
-    changed: Steerable = loaded if alpha is None else rescaled(loaded, alpha)
+    changed: Steerable = loaded if alpha is None else loaded.with_alpha(alpha)
     vlm = load_model(model)
     inputs = vlm.inputs(question, image)
     table = Table("", "answer")
@@ -169,71 +171,6 @@ def steer(
         ids = vlm.generate(steering=what, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
         table.add_row(name, vlm.decode(ids[:, inputs["input_ids"].shape[1] :])[0])
     Console().print(table)
-
-
-@eval_app.command()
-def pope(
-    out: Out = Path("pope-out"),
-    model: Model = "pocket",
-    data: Annotated[str, typer.Option(help="'pocket', or a folder of POPE's question files.")] = "pocket",
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures (COCO val2014).")] = None,
-    steering: Annotated[
-        list[Path] | None, typer.Option(help="Saved steering; give it several times to compare.")
-    ] = None,
-    prompt: Annotated[
-        str, typer.Option(help="Instruction of the prompt baseline; empty to leave it out.")
-    ] = "Be careful.",
-    pictures: Annotated[int, typer.Option(help="Pictures of the pocket world.")] = 200,
-    sample: Annotated[
-        bool, typer.Option("--sample/--greedy", help="Draw the answers, as the L2S authors do, or take the likeliest.")
-    ] = False,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer; 12 when greedy, the authors' 128 when sampled.")
-    ] = None,
-    batch_size: int = 32,
-    seed: Annotated[int, typer.Option(help="Seed of the pocket's questions, the draws and the bootstrap.")] = 0,
-) -> None:
-    """POPE accuracy and F1 of saved steerings beside unsteered and prompted answers; resumable.
-
-    Example: steer-plugin eval pope --data pocket --steering demo-out/l2s --out pope-out
-    """
-    from steer_plugin.demo.data import held_out_items
-    from steer_plugin.evaluation.asking import Sampling
-    from steer_plugin.evaluation.jobs import pope_items, pope_methods, run_pope
-    from steer_plugin.loading import load_model
-    from steer_plugin.pocket import World
-
-    items = held_out_items(World(seed), pictures, "test") if data == "pocket" else pope_items(Path(data), images)
-    names = [path.name for path in steering or []]
-    if twice := [name for name in names if names.count(name) > 1 or name in ("none", "prompt")]:
-        raise InputError(f"two methods would be called {twice[0]!r}; rename the folder of one of the steerings.")
-    methods = pope_methods({path.name: load_steering(path) for path in steering or []}, prompt)
-    vlm = load_model(model)
-    sampling = Sampling.as_authors(vlm, seed) if sample else None
-    say(
-        run_pope(
-            vlm, items, methods, out, batch_size=batch_size, seed=seed, sampling=sampling, max_new_tokens=max_new_tokens
-        )
-    )
-
-
-def load_steering(path: Path) -> L2S | MeanSteering | SteerVLM:
-    """Load a saved L2S, mean steering or SteerVLM, or a network that the L2S authors published.
-
-    Raises:
-        ArtefactError: missing, corrupt, or of an unknown kind.
-    """
-    if path.suffix == ".pt":
-        return L2S.from_published(path)
-    kinds = {L2S.kind: L2S, SteerVLM.kind: SteerVLM}
-    return kinds.get(read_artefact(path).kind, MeanSteering).load(path)
-
-
-def rescaled(steering: L2S | MeanSteering | SteerVLM, alpha: float) -> Steerable:
-    """The same steering at another strength."""
-    if not isinstance(steering, MeanSteering):
-        return steering.with_alpha(alpha)
-    return MeanSteering(steering.vector, steering.site, steering.positions, alpha, steering.model)
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ class Lengths:
     def settings(self) -> dict[str, int]:
         return {"most": self.most}
 
-    def judge(self, items: list[Judged]) -> list[Verdict]:
+    def judge(self, items: Sequence[Judged]) -> list[Verdict]:
         self.judged += len(items)
         counts = [len(item.answer.split()) for item in items]
         scores = [float(n) if n <= self.most else float("nan") for n in counts]

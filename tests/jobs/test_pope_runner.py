@@ -1,9 +1,11 @@
-"""The POPE runner: questions asked once, resumed after a kill, scored by hand-computed rules."""
+"""Asking, and POPE by the runner: questions asked once, resumed after a kill, scored by hand-computed rules."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +16,18 @@ from typer.testing import CliRunner
 
 import steer_plugin as sp
 from steer_plugin.contrast import ContrastivePair, pocket_pairs
-from steer_plugin.evaluation.answers import AnswerLog
-from steer_plugin.evaluation.asking import Method, Sampling, answers, distinct
-from steer_plugin.evaluation.jobs import pope_items, pope_methods, run_pope
+from steer_plugin.evaluation.answers import Answer, AnswerLog
+from steer_plugin.evaluation.asking import AUTHORS_TOKENS, Method, Sampling, answers, distinct
+from steer_plugin.evaluation.benchmarks import PopeBenchmark
+from steer_plugin.evaluation.evaluate import evaluate
+from steer_plugin.evaluation.lineup import Lineup
 from steer_plugin.evaluation.pope import PopeItem, difference, margins, predictions, scores
+from steer_plugin.evaluation.result import Evaluation
 
 
 def item(number: int, subset: str, label: bool, prompt: str) -> PopeItem:
     image = Image.new("RGB", (16, 16), (number * 20 % 255, 90, 30))
-    pair = ContrastivePair(f"{subset}-{number}", (image,), prompt, "w30", "w31", label=label)
+    pair = ContrastivePair(f"{subset}-{number}-{prompt}", (image,), prompt, "w30", "w31", label=label)
     return PopeItem(pair, subset, f"picture{number}")
 
 
@@ -114,30 +119,43 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     log = AnswerLog(tmp_path / "a.jsonl", {"job": 1})
     monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(sp.JobError, match=r"a\.jsonl.*No space left"):
-        log.add(["x"], ["yes"])
+        log.add(["x"], [Answer("yes", (3,))])
+
+
+def run(vlm: sp.AttachedModel, items: list[PopeItem], lineup: Lineup, out: Path, **options: Any) -> Evaluation:
+    return evaluate(vlm, PopeBenchmark(items), lineup, out, costed=0, progress=False, **options)
 
 
 def test_a_whole_run_writes_answers_metrics_and_a_table(vlm, items, tmp_path):
     steering = sp.MeanSteering(torch.randn(32), "resid_post.1")
-    table = run_pope(vlm, items, pope_methods({"mine": steering}, "w40"), tmp_path, progress=False)
+    lineup = Lineup(("none", "prompt"), {"mine": steering}, prompt="w40", controls=False)
+    table = run(vlm, items, lineup, tmp_path).table()
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["none", "prompt", "mine"]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     texts = answers(vlm, items, Method("none"), progress=False)
     right = predictions(items, texts) == np.array([one.label for one in items])
-    assert metrics["pope"]["mean"]["none"]["accuracy"] == pytest.approx(100 * right.mean())
-    assert metrics["job"]["model"]["d_model"] == 32
-    assert (tmp_path / "table.md").read_text() == table
+    assert metrics["scores"]["none"]["mean accuracy"]["value"] == pytest.approx(right.mean())
+    by_hand = scores(items, predictions(items, texts), [texts[one.key] for one in items], seed=0)
+    for subset in ("random", "popular"):
+        found = metrics["scores"]["none"][f"{subset} accuracy"]
+        assert found["value"] == pytest.approx(by_hand[subset].accuracy.value)
+        assert (found["low"], found["high"]) == (by_hand[subset].accuracy.low, by_hand[subset].accuracy.high)
+        assert metrics["scores"]["none"][f"{subset} F1"]["value"] == pytest.approx(by_hand[subset].f1.value)
+    assert metrics["provenance"]["model"]["d_model"] == 32
+    assert table in (tmp_path / "table.md").read_text()
+    # Questions that two subsets share are asked once.
+    assert len((tmp_path / "answers" / "none.jsonl").read_text().splitlines()) == 1 + len(distinct(items))
 
 
 def test_a_steering_refitted_under_the_same_name_is_not_answered_from_disk(vlm, items, tmp_path):
     for seed in (0, 1):
         torch.manual_seed(seed)
-        methods = pope_methods({"mine": sp.MeanSteering(torch.randn(32), "resid_post.1")}, "")
+        lineup = Lineup(("none",), {"mine": sp.MeanSteering(torch.randn(32), "resid_post.1")}, controls=False)
         if seed == 0:
-            run_pope(vlm, items, methods, tmp_path, progress=False)
+            run(vlm, items, lineup, tmp_path)
             continue
         with pytest.raises(sp.JobError, match="another job"):
-            run_pope(vlm, items, methods, tmp_path, progress=False)
+            run(vlm, items, lineup, tmp_path)
 
 
 def test_sampled_answers_are_those_of_a_seeded_do_sample(vlm, items):
@@ -203,45 +221,27 @@ def test_sampling_as_the_authors_do_is_the_models_own(vlm):
 
 def test_a_sampled_run_records_seed_and_settings(vlm, items, tmp_path):
     sampling = Sampling.as_authors(vlm, 4)
-    run_pope(vlm, items, [Method("none")], tmp_path / "s", sampling=sampling, batch_size=6, progress=False)
-    written = json.loads((tmp_path / "s" / "metrics.json").read_text())["decoding"]
+    only = Lineup(("none",))
+    run(vlm, items, only, tmp_path / "s", sampling=sampling, batch_size=6, max_new_tokens=AUTHORS_TOKENS)
+    written = json.loads((tmp_path / "s" / "metrics.json").read_text())["provenance"]["decoding"]
     assert written == {
         "do_sample": True, "max_new_tokens": 128, "seed": 4, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
         "batch_size": 6,
     }  # fmt: skip
-    run_pope(vlm, items, [Method("none")], tmp_path / "g", progress=False)
-    written = json.loads((tmp_path / "g" / "metrics.json").read_text())["decoding"]
+    run(vlm, items, only, tmp_path / "g")
+    written = json.loads((tmp_path / "g" / "metrics.json").read_text())["provenance"]["decoding"]
     assert written == {"do_sample": False, "max_new_tokens": 12}
     with pytest.raises(sp.InputError, match="max_new_tokens=0"):
-        run_pope(vlm, items, [Method("none")], tmp_path / "x", max_new_tokens=0, progress=False)
+        run(vlm, items, only, tmp_path / "x", max_new_tokens=0)
 
 
-def test_the_command_line_samples_on_request(tmp_path):
+@pytest.mark.parametrize(("words", "tokens"), [(("--max-new-tokens", "9"), 9), ((), 128)])
+def test_the_command_line_samples_on_request(tmp_path: Path, words: tuple[str, ...], tokens: int):
     from steer_plugin.cli import app
 
-    words = ["eval", "pope", "--pictures", "3", "--prompt", "", "--sample", "--seed", "2", "--max-new-tokens", "9"]
-    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")], catch_exceptions=False)
+    few = ["--pictures", "3", "--methods", "none", "--costs", "0", "--no-figures", "--sample", "--seed", "2"]
+    called = ["eval", "pope", *few, *words, "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, called, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    written = json.loads((tmp_path / "out" / "metrics.json").read_text())["decoding"]
-    assert (written["do_sample"], written["seed"], written["max_new_tokens"]) == (True, 2, 9)
-
-
-def test_missing_question_files_and_pictures_say_where_they_come_from(tmp_path):
-    with pytest.raises(sp.InputError, match="AoiDragon/POPE"):
-        pope_items(tmp_path, None)
-    (tmp_path / "coco_pope_random.json").write_text("{}")
-    with pytest.raises(sp.InputError, match="COCO val2014"):
-        pope_items(tmp_path, None)
-
-
-def test_published_question_files_are_read_with_their_pictures(shared, tmp_path):
-    from steer_plugin.contrast import read_pope
-
-    folder = shared / "data" / "pope"
-    for name in {q.image for file in folder.glob("*.json") for q in read_pope(file)}:
-        (tmp_path / name).touch()
-    found = pope_items(folder, tmp_path)
-    assert len(found) == 9000
-    assert {one.subset for one in found} == {"random", "popular", "adversarial"}
-    assert sum(one.label for one in found) == 4500
-    assert len(distinct(found)) < 9000
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())["provenance"]["decoding"]
+    assert (written["do_sample"], written["seed"], written["max_new_tokens"]) == (True, 2, tokens)

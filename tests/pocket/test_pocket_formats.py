@@ -13,7 +13,7 @@ from PIL import Image
 
 from steer_plugin.contrast import mmsafety_pairs, pope_pairs, read_pope
 from steer_plugin.errors import InputError, JobError
-from steer_plugin.evaluation.jobs import pope_items
+from steer_plugin.evaluation.benchmarks import open_benchmark
 from steer_plugin.pocket.company import SUBSETS
 from steer_plugin.pocket.formats import FORMATS, export, vnia_files
 from steer_plugin.pocket.language import DESCRIBE
@@ -69,7 +69,7 @@ def test_pope_reads_back_as_the_questions_of_the_world(out: Path, subset: str) -
 
 
 def test_pope_runs_as_a_folder_of_the_evaluation(out: Path) -> None:
-    items = pope_items(out / "pope", out / "pope" / "images")
+    items = open_benchmark("pope", out / "pope", fitting=0).items
     assert Counter((item.subset, item.label) for item in items) == {
         (s, y): PICTURES for s in SUBSETS for y in (True, False)
     }
