@@ -5,20 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from steer_plugin.cli_data import Judging, folder_data, pairs_to_fit, pocket_data
 from steer_plugin.cli_pocket import say
 from steer_plugin.cli_steering import load_steering
 from steer_plugin.errors import InputError
 from steer_plugin.intervention import Steerable
 
 if TYPE_CHECKING:
-    from steer_plugin.evaluation.benchmark import Benchmark
-    from steer_plugin.evaluation.judges import Judge
     from steer_plugin.evaluation.lineup import Lineup
     from steer_plugin.evaluation.strengths import Strengths
 
@@ -41,6 +39,7 @@ _FOR: Mapping[str, tuple[str, ...]] = {
     "fitting": ("pope", "ohd"),
     "synonyms": ("chair",),
     "limit": ("chair",),
+    "pairs": ("chair",),
     "part": ("ohd", "mmsafety"),
     "preset": ("mmsafety",),
     "guard": ("mmsafety",),
@@ -50,17 +49,6 @@ _FOR: Mapping[str, tuple[str, ...]] = {
     "p_plus": ("pope", "ohd", "chair", "mmsafety"),
     "p_minus": ("pope", "ohd", "chair", "mmsafety"),
 }
-
-
-@dataclass(frozen=True)
-class _Judging:
-    """What the command line says about judges."""
-
-    guard: str | None
-    judge: str | None
-    url: str | None
-    requests: int
-    cache: Path
 
 
 def _run(
@@ -95,6 +83,8 @@ def _run(
     judge: Annotated[str | None, typer.Option(help="Model of an OpenAI-compatible server that grades answers.")] = None,
     judge_url: Annotated[str | None, typer.Option(help="That server; OPENAI_BASE_URL or OpenAI's without it.")] = None,
     judge_requests: Annotated[int, typer.Option(help="Most requests to spend on it.")] = 10_000,
+    wording: Annotated[str | None, typer.Option(help="Ask in other words, as polite, quoted or typos.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Contrastive pairs to fit on: JSONL or CSV.")] = None,
     sample: Annotated[bool, typer.Option("--sample/--greedy", help="Draw the answers, or take the likeliest.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
     costs: Annotated[int, typer.Option(help="Items that KL and perplexity are measured on; 0 for none.")] = 200,
@@ -106,31 +96,41 @@ def _run(
     from steer_plugin.evaluation.asking import AUTHORS_TOKENS, Sampling
     from steer_plugin.evaluation.evaluate import evaluate
     from steer_plugin.evaluation.recipes import against_published
+    from steer_plugin.evaluation.wording import reworded_benchmark
     from steer_plugin.loading import load_model
 
     names = tuple(name.strip() for name in methods.split(",") if name.strip())
     pair = _pair(p_plus, p_minus)
     saved = _steerings(steering or [], packaged=model == "pocket" and "steervlm" in names)
     lineup = _lineup(names, saved, (write, read, positions), alpha, prompt, pair, seeds, controls)
-    judging = _Judging(guard, judge, judge_url, judge_requests, out / "judge-cache")
+    judging = Judging(guard, judge, judge_url, judge_requests, out / "judge-cache")
     fits = any(name in ("mean", "mean_ba", "l2s", "p2s", "norm_rnd", "actadd") for name in names)
-    options: dict[str, object] = {
-        "fitting": fitting if fits else 0.0, "synonyms": synonyms, "pictures": limit, "whole": not part,
-        "preset": preset, "seed": seed,
-    }  # fmt: skip
     if data == "pocket":
-        folders = {"images": images, "synonyms": synonyms, "guard": guard, "judge": judge, "part": part or None}
+        folders = {
+            "images": images,
+            "synonyms": synonyms,
+            "guard": guard,
+            "judge": judge,
+            "part": part or None,
+            "pairs": pairs,
+        }
         _refuse(folders, "is for data in a folder; the pocket world draws its own and knows the truth. Leave it out.")
     else:
         _refuse({"pictures": pictures}, "is for --data pocket; a folder is tested as it is split. Leave it out.")
+    options: dict[str, object] = {
+        "fitting": fitting if fits else 0.0, "synonyms": synonyms, "pictures": limit, "whole": not part,
+        "preset": preset, "seed": seed, "training": None if pairs is None else pairs_to_fit(pairs),
+    }  # fmt: skip
     lineup, strengths = _usual(
         benchmark, lineup, alpha, positions, max_kl, pocket=data == "pocket" and model == "pocket"
     )
     opened = (
-        _pocket(benchmark, seed, pictures, fits)
+        pocket_data(benchmark, seed, pictures, fits)
         if data == "pocket"
-        else _folder(benchmark, Path(data), images, options, judging)
+        else folder_data(benchmark, Path(data), images, options, judging)
     )
+    if wording is not None:
+        opened = reworded_benchmark(opened, wording)
     if sample and benchmark in ("pope", "ohd") and max_new_tokens is None:
         max_new_tokens = AUTHORS_TOKENS
     vlm = load_model(model)
@@ -149,44 +149,6 @@ def _refuse(given: Mapping[str, object], why: str) -> None:
     for name, value in given.items():
         if value is not None:
             raise InputError(f"--{name} {why}")
-
-
-def _pocket(benchmark: str, seed: int, pictures: int | None, fits: bool) -> Benchmark:
-    from steer_plugin.demo.benchmarks import pocket_benchmark
-    from steer_plugin.pocket import World
-
-    # Where nothing is fitted, no hundreds of pictures are drawn to fit on.
-    train, validation = (None, None) if fits else (2, 2)
-    return pocket_benchmark(benchmark, World(seed), pictures=pictures, train=train, validation=validation)
-
-
-def _folder(
-    benchmark: str, data: Path, images: Path | None, options: Mapping[str, object], judging: _Judging
-) -> Benchmark:
-    from steer_plugin.evaluation.benchmarks import open_benchmark, options_of
-
-    known = options_of(benchmark)
-    taken = {name: value for name, value in options.items() if name in known}
-    return open_benchmark(benchmark, data, images=images, judges=_judges(benchmark, judging), **taken)
-
-
-def _judges(benchmark: str, judging: _Judging) -> dict[str, Judge]:
-    from steer_plugin.evaluation.judges import QUALITY, STANCE, Budget, LlamaGuardJudge, OpenAIJudge
-
-    found: dict[str, Judge] = {}
-    if judging.guard is not None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        # As the model's own loader: its tokenizer and weights, in the dtype that they are stored in.
-        guard = AutoModelForCausalLM.from_pretrained(judging.guard, dtype="auto").eval()
-        found["unsafe"] = LlamaGuardJudge(guard, AutoTokenizer.from_pretrained(judging.guard))
-    if judging.judge is not None:
-        role, rubric = ("stance", STANCE) if benchmark == "vnia" else ("quality", QUALITY)
-        found[role] = OpenAIJudge(
-            judging.judge, judging.url, rubric=rubric, budget=Budget(requests=judging.requests), cache=judging.cache,
-            name=role,
-        )  # fmt: skip
-    return found
 
 
 def _lineup(

@@ -26,6 +26,7 @@ hypothesis.settings.register_profile("steer_plugin", deadline=None, derandomize=
 hypothesis.settings.load_profile("steer_plugin")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
     for item in items:

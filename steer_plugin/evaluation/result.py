@@ -123,7 +123,7 @@ class Evaluation:
             f"{self.n} items. In brackets 95 % intervals, bootstrapped over pictures (and over seeds, where there are "
             f"several: ± is their standard deviation). {MARK}: cannot be told from unsteered (permutation test, Holm "
             "over the methods, 5 %). Rows with a dash are controls of the method above them.", "",
-            f"## Against unsteered, {self.headline}", "", self._difference_table(), "",
+            *self._unread(), f"## Against unsteered, {self.headline}", "", self._difference_table(), "",
         ]  # fmt: skip
         if self.over_controls:
             parts += [f"## Against their own controls, {self.headline}", "", self._control_table(), ""]
@@ -156,6 +156,12 @@ class Evaluation:
             if name not in known:
                 raise InputError(f"no metric {name!r} here.{nearest(name, known)} Metrics: {', '.join(known)}.")
         return list(metrics)
+
+    def _unread(self) -> list[str]:
+        """Name verdicts without a number: what they are on is left out, which may flatter a method that breaks text."""
+        unread = cast("Mapping[str, int]", self.provenance.get("unread_verdicts") or {})
+        told = ", ".join(f"{count} of {name}" for name, count in unread.items())
+        return [f"Verdicts without a number, left out: {told}.", ""] if told else []
 
     def _cell(self, method: str, metric: Metric, found: SeedSummary) -> str:
         text = cell_text(found.mean, metric.digits, metric.scale)

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -52,6 +53,7 @@ class Runner:
     max_new_tokens: int | None = None
     costed: int = COSTED
     progress: bool = True
+    unread: dict[str, int] = field(default_factory=dict[str, int], init=False)
 
     def run(self, entries: Sequence[Entry], provenance: Mapping[str, JSON] | None = None) -> Evaluation:
         """Ask, score and write everything; return what was found.
@@ -135,6 +137,9 @@ class Runner:
                 judge, self.benchmark.judged(judge, texts), progress=self.progress, job={"method": entry.name},
                 log=self.out / "verdicts" / f"{judge.name}-{entry.log(seed)}",
             )  # fmt: skip
+            unread = sum(math.isnan(one.score) for one in judged[judge.name])
+            if unread:
+                self.unread[f"{judge.name} on {entry.name}"] = unread
         return self.benchmark.values(texts, judged)
 
     def _costs(self, entry: Entry, seed: int, method: Method, answers: Mapping[str, Answer]) -> MethodCosts:
@@ -194,7 +199,7 @@ class Runner:
         return {
             **self._job(), "decoding": decoding, "seed": self.seed, "methods": methods,
             "judges": {judge.name: dict(judge.settings()) for judge in self.benchmark.judges},
-            "costed": min(self.costed, len(distinct(self.benchmark.items))),
+            "unread_verdicts": dict(self.unread), "costed": min(self.costed, len(distinct(self.benchmark.items))),
             "versions": cast(JSON, versions()),
         }  # fmt: skip
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Generic, TypeAlias, TypeVar
 
 from PIL import Image
 
+from steer_plugin.artefact import sha256
 from steer_plugin.contrast import ContrastivePair
 from steer_plugin.errors import InputError, nearest
 from steer_plugin.evaluation.asking import Asked
+from steer_plugin.evaluation.benchmark import Benchmark
 
 Change: TypeAlias = Callable[[str], str]
 A = TypeVar("A", bound=Asked)
@@ -77,6 +80,28 @@ class Reworded(Generic[A]):
         return self.item.load_images()
 
 
+@dataclass(frozen=True)
+class Restated:
+    """An item in other words under its own id and key, so that its benchmark scores the answer as its own."""
+
+    item: Asked
+    text: str
+
+    @property
+    def id(self) -> str:
+        """The item's id."""
+        return self.item.id
+
+    @property
+    def key(self) -> str:
+        """The item's key."""
+        return self.item.key
+
+    def load_images(self) -> Sequence[Image.Image]:
+        """Open the item's pictures."""
+        return self.item.load_images()
+
+
 def changes(names: Sequence[str] | Mapping[str, Change] = tuple(CHANGES)) -> dict[str, Change]:
     """Return changes by name; a mapping brings its own callables.
 
@@ -122,6 +147,23 @@ def reworded_pairs(pairs: Sequence[ContrastivePair], change: str | Change) -> li
     """
     name, call = next(iter(changes([change] if isinstance(change, str) else {"your change": change}).items()))
     return [replace(pair, prompt=_changed(pair.prompt, pair.id, name, call)) for pair in pairs]
+
+
+def reworded_benchmark(benchmark: Benchmark, change: str | Change) -> Benchmark:
+    """Return a benchmark whose items are asked in other words, by a name of `CHANGES` or a callable.
+
+    Metrics, training and pairs stay: what was fitted on the usual wording is tested on the new one. Answers of another
+    wording are another job. The prompt baseline's own texts, where a benchmark has them for each item, stay too.
+
+    Raises:
+        InputError: an unknown name, or a change that returns no text.
+    """
+    name, call = next(iter(changes([change] if isinstance(change, str) else {"your change": change}).items()))
+    made = copy(benchmark)
+    made.items = [Restated(item, _changed(item.text, item.id, name, call)) for item in benchmark.items]
+    digest = sha256("\n".join(item.text for item in made.items).encode())
+    made.source = {**benchmark.source, "wording": name, "texts_sha256": digest}
+    return made
 
 
 def by_item(reworded: Sequence[Reworded[A]], answers: Mapping[str, T]) -> dict[str, T]:

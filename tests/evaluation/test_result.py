@@ -268,3 +268,9 @@ def test_figures_are_written(found: Evaluation, tmp_path: Path):
             assert picture.format == "PNG" and min(picture.size) > 200
     unpriced = replace(found, costs={"fine": found.costs["fine"]})
     assert [path.name for path in write_figures(unpriced, tmp_path)] == ["scores.png"]
+
+
+def test_verdicts_without_a_number_are_named(found: Evaluation):
+    assert "without a number" not in found.markdown()
+    some = replace(found, provenance={"unread_verdicts": {"guard on good": 3}})
+    assert "Verdicts without a number, left out: 3 of guard on good." in some.markdown()

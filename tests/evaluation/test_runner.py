@@ -427,6 +427,8 @@ def test_answers_without_a_score_are_left_out_of_both_sides(vlm: sp.AttachedMode
         return {name: float(len(text.split())) for name, text in kept.items()}
 
     none, mine, seeds = scores("none"), scores("mine"), [scores("l2s-seed0"), scores("l2s-seed1")]
+    unread: Any = found.provenance["unread_verdicts"]
+    assert unread["lengths on none"] == len(ASKS) - len(none)
     assert 0 < len(none) < len(ASKS) and set(none) != set(mine)
     assert found.score("none", "lengths").value == pytest.approx(np.mean(list(none.values())))
     both = set(none) & set(mine)

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from _colours import TOKENS, Colours, plain_answer
 from _steerings import attached
-from _tiny import tiny_llava
+from _tiny import tiny_llava, tiny_processor
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import steer_plugin as sp
 from steer_plugin.contrast import ContrastivePair
-from steer_plugin.errors import InputError
+from steer_plugin.errors import InputError, JobError
 from steer_plugin.evaluation.asking import Asked, Method, answers
-from steer_plugin.evaluation.wording import CHANGES, by_item, changes, reworded_pairs, typos, wordings
+from steer_plugin.evaluation.lineup import Entry
+from steer_plugin.evaluation.runner import Runner
+from steer_plugin.evaluation.wording import (
+    CHANGES,
+    by_item,
+    changes,
+    reworded_benchmark,
+    reworded_pairs,
+    typos,
+    wordings,
+)
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
@@ -107,3 +120,28 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_a_benchmark_in_other_words_asks_them_and_scores_as_before(tmp_path: Path) -> None:
+    """What reaches the model are the changed words; keys, metrics and training are the benchmark's own."""
+    usual = Colours(range(4))
+    other = reworded_benchmark(usual, lambda text: f"{text} w44 w45")
+    assert [item.key for item in other.items] == [item.key for item in usual.items]
+    assert other.training is usual.training
+    vlm, method = sp.attach(tiny_llava(), tiny_processor()), Method("none")
+    asked = answers(vlm, other.items, method, max_new_tokens=TOKENS, progress=False)
+    assert asked == {ask.key: plain_answer(ask, text=f"{ask.text} w44 w45") for ask in usual.asks}
+    # Two wordings are two jobs: one folder cannot mix them.
+    entries = [Entry("none", ((0, method),))]
+    Runner(vlm, usual, tmp_path, costed=0, progress=False).run(entries)
+    with pytest.raises(JobError, match="another job"):
+        Runner(vlm, other, tmp_path, costed=0, progress=False).run(entries)
+    assert "wording" not in usual.source
+    assert other.source["wording"] == "your change"
+
+
+def test_a_benchmark_takes_named_changes_and_refuses_unknown_ones() -> None:
+    usual = Colours(range(2))
+    assert reworded_benchmark(usual, "polite").items[0].text == CHANGES["polite"](usual.items[0].text)
+    with pytest.raises(InputError, match="unknown change of wording 'polit'"):
+        reworded_benchmark(usual, "polit")

@@ -263,7 +263,7 @@ def test_positions_of_the_user_go_before_the_usual_ones(tmp_path: Path, monkeypa
         raise InputError("stopped")
 
     monkeypatch.setattr("steer_plugin.evaluation.evaluate.evaluate", stop)
-    monkeypatch.setattr("steer_plugin.cli_eval._pocket", lambda *rest: None)
+    monkeypatch.setattr("steer_plugin.cli_eval.pocket_data", lambda *rest: None)
     words = ["eval", "pope", "--pictures", "2", "--methods", "mean", "--alpha", "2", *FEW, "--out", tmp_path]
     for more in ((), ("--positions", "everywhere"), ("--write", "resid_post.2")):
         with pytest.raises(InputError, match="stopped"):
@@ -333,3 +333,29 @@ def test_the_installed_command_exists():
     script = Path(sys.executable).with_name("steer-plugin")
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
     assert "Steer vision-language models" in done.stdout
+
+
+def test_pope_is_read_from_a_table_of_the_hub_and_asked_in_other_words(tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    asked = sp.pocket.World(0).questions(3)
+    rows = [
+        {
+            "id": str(number), "question_id": str(number), "question": one.text, "answer": "yes" if one.label else "no",
+            "image_source": one.scene_id, "image": one.image, "category": one.subset,
+        }
+        for number, one in enumerate(asked)
+    ]  # fmt: skip
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "pope.parquet"))
+    words = ["eval", "pope", "--data", tmp_path / "pope.parquet", "--methods", "none", *FEW]
+    run(*words, "--out", tmp_path / "usual")
+    run(*words, "--wording", "remark", "--out", tmp_path / "other")
+    usual, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("usual", "other"))
+    assert usual["items"] == len(asked) == 18
+    assert other["provenance"]["data"]["wording"] == "remark"
+    said = (tmp_path / "usual" / "answers" / "none.jsonl").read_text().splitlines()[1:]
+    assert len(said) == len({(one.scene_id, one.text) for one in asked})
+
+
+def test_pairs_of_your_own_are_for_captions(tmp_path: Path):
+    with pytest.raises(InputError, match="--pairs is for data in a folder"):
+        run("eval", "chair", "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path)

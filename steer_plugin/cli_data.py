@@ -1,0 +1,79 @@
+"""The data of `steer-plugin eval`: a folder, a table of the Hub or the drawn world, with the judges that score it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from steer_plugin.evaluation.benchmark import Benchmark, Training
+    from steer_plugin.evaluation.judges import Judge
+else:
+    Benchmark = Training = Judge = object  # imported when needed; run-time type checkers look the names up
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What the command line says about judges."""
+
+    guard: str | None
+    judge: str | None
+    url: str | None
+    requests: int
+    cache: Path
+
+
+def pocket_data(benchmark: str, seed: int, pictures: int | None, fits: bool) -> Benchmark:
+    """A benchmark on the drawn world."""
+    from steer_plugin.demo.benchmarks import pocket_benchmark
+    from steer_plugin.pocket import World
+
+    # Where nothing is fitted, no hundreds of pictures are drawn to fit on.
+    train, validation = (None, None) if fits else (2, 2)
+    return pocket_benchmark(benchmark, World(seed), pictures=pictures, train=train, validation=validation)
+
+
+def folder_data(
+    benchmark: str, data: Path, images: Path | None, options: Mapping[str, object], judging: Judging
+) -> Benchmark:
+    """A benchmark on published data, or on a table of POPE as the Hub has it (parquet, save_to_disk)."""
+    from steer_plugin.evaluation.benchmarks import open_benchmark, options_of
+
+    known = options_of(benchmark)
+    taken = {name: value for name, value in options.items() if name in known}
+    if benchmark == "pope" and (data.suffix == ".parquet" or (data / "dataset_info.json").is_file()):
+        from steer_plugin.evaluation.benchmarks import PopeBenchmark
+        from steer_plugin.evaluation.hub_data import pope_items_from
+
+        table = pope_items_from(data)
+        return PopeBenchmark.split(table, **{name: taken[name] for name in ("fitting", "seed")})  # pyright: ignore
+    return open_benchmark(benchmark, data, images=images, judges=_judges(benchmark, judging), **taken)
+
+
+def pairs_to_fit(pairs: Path) -> Training:
+    """Contrastive pairs of the caller's own."""
+    from steer_plugin.contrast import read_pairs
+    from steer_plugin.evaluation.benchmark import Training
+
+    return Training(read_pairs(pairs))
+
+
+def _judges(benchmark: str, judging: Judging) -> dict[str, Judge]:
+    from steer_plugin.evaluation.judges import QUALITY, STANCE, Budget, LlamaGuardJudge, OpenAIJudge
+
+    found: dict[str, Judge] = {}
+    if judging.guard is not None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        # As the model's own loader: its tokenizer and weights, in the dtype that they are stored in.
+        guard = AutoModelForCausalLM.from_pretrained(judging.guard, dtype="auto").eval()
+        found["unsafe"] = LlamaGuardJudge(guard, AutoTokenizer.from_pretrained(judging.guard))
+    if judging.judge is not None:
+        role, rubric = ("stance", STANCE) if benchmark == "vnia" else ("quality", QUALITY)
+        found[role] = OpenAIJudge(
+            judging.judge, judging.url, rubric=rubric, budget=Budget(requests=judging.requests), cache=judging.cache,
+            name=role,
+        )  # fmt: skip
+    return found
