@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from steer_plugin.evaluation.benchmark import Benchmark, Metric, asked_rows
-from steer_plugin.evaluation.intervals import Interval, mean
+from steer_plugin.evaluation.intervals import Interval, Statistic, SumStatistic, Values, mean, summed
 from steer_plugin.evaluation.paired import holm
 from steer_plugin.evaluation.seeds import difference_across, permutation_across, sign_flips_across
 
@@ -85,8 +85,20 @@ def gap(metric: Metric, pictures: Sequence[str], first: Runs, second: Runs, *, s
     use = scored_rows(metric.name, first, second)
     groups = [group for group, chosen in zip(pictures, use, strict=True) if chosen]
     one, two = ([run[metric.name][use] for run in side] for side in (first, second))
-    found = difference_across(one, two, groups, metric.statistic, seed=seed).mean
+    first_sums, _, _ = by_picture(one, groups, metric.statistic)
+    second_sums, named, statistic = by_picture(two, groups, metric.statistic)
+    found = difference_across(first_sums, second_sums, named, statistic, seed=seed).mean
     if metric.statistic is mean:
         # The same test as the permutation, on one sum per picture instead of all rows.
         return found, sign_flips_across(one, two, groups, seed=seed).p_value
-    return found, permutation_across(one, two, groups, metric.statistic, seed=seed, flips=FLIPS).p_value
+    return found, permutation_across(first_sums, second_sums, named, statistic, seed=seed, flips=FLIPS).p_value
+
+
+def by_picture(
+    runs: Sequence[Float[np.ndarray, "row column"]], groups: Sequence[str], statistic: Statistic
+) -> tuple[list[Values], list[str], Statistic]:
+    """Sum the rows of each picture where the statistic is one of sums: hundreds of rows instead of thousands."""
+    if not isinstance(statistic, SumStatistic):
+        return list(runs), list(groups), statistic
+    found = [summed(run, groups, statistic) for run in runs]
+    return [sums for sums, _, _ in found], found[0][1], found[0][2]

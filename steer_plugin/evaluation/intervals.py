@@ -48,21 +48,55 @@ class McNemar:
     p_value: float
 
 
-def mean(values: Float[np.ndarray, "row 1"], weights: Float[np.ndarray, "resample row"]) -> Values:
-    """Statistic: the mean of one column, such as the accuracy of 0/1 answers."""
-    return (weights @ values)[:, 0] / weights.sum(axis=1)
+@dataclass(frozen=True)
+class SumStatistic:
+    """A statistic of weighted sums: of(weights @ columns(values)), values (row, column) -> (resample,).
+
+    As rows of one picture always have one weight, their columns may be summed beforehand (`summed`).
+    """
+
+    columns: Callable[[Values], Values]
+    of: Callable[[Values], Values]
+
+    def __call__(
+        self, values: Float[np.ndarray, "row column"], weights: Float[np.ndarray, "resample row"]
+    ) -> Float[np.ndarray, " resample"]:
+        """The statistic of each resample."""
+        return self.of(weights @ self.columns(values))
 
 
-def ratio(values: Float[np.ndarray, "row 2"], weights: Float[np.ndarray, "resample row"]) -> Values:
-    """Statistic: the sum of the first column over that of the second (CHAIR_i, precision); 0 where the latter is 0."""
-    sums = weights @ values
+def _share(sums: Float[np.ndarray, "resample 2"]) -> Float[np.ndarray, " resample"]:
     return np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] != 0)
 
 
-def f1(values: Float[np.ndarray, "row 2"], weights: Float[np.ndarray, "resample row"]) -> Values:
-    """Statistic: POPE's F1 from the columns prediction and label, 1 for yes; 0 without any yes."""
+def _counted(values: Float[np.ndarray, "row 1"]) -> Float[np.ndarray, "row 2"]:
+    return np.concatenate([values, np.ones_like(values)], axis=1)
+
+
+def _agreement(values: Float[np.ndarray, "row 2"]) -> Float[np.ndarray, "row 2"]:
     said, true = values[:, 0], values[:, 1]
-    return ratio(np.stack([2 * said * true, said + true], axis=1), weights)
+    return np.stack([2 * said * true, said + true], axis=1)
+
+
+# The mean of one column, such as the accuracy of 0/1 answers.
+mean = SumStatistic(_counted, _share)
+# The sum of the first column over that of the second (CHAIR_i, precision); 0 where the latter is 0.
+ratio = SumStatistic(lambda values: values, _share)
+# POPE's F1 from the columns prediction and label, 1 for yes; 0 without any yes.
+f1 = SumStatistic(_agreement, _share)
+
+
+def summed(
+    values: Float[np.ndarray, "row column"], groups: Sequence[str], statistic: SumStatistic
+) -> tuple[Float[np.ndarray, "picture sum"], list[str], SumStatistic]:
+    """Sum the columns of each picture's rows: the same statistic of as many rows as there are pictures.
+
+    Pictures come in the order of their first row, so that a bootstrap draws as it would from the rows.
+    """
+    members = _members(groups, len(values))
+    columns = statistic.columns(values)
+    sums = np.stack([np.bincount(members, weights=column) for column in columns.T], axis=1)
+    return sums, list(dict.fromkeys(groups)), SumStatistic(lambda table: table, statistic.of)
 
 
 def bootstrap_interval(

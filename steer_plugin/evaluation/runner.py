@@ -22,7 +22,7 @@ from steer_plugin.errors import InputError
 from steer_plugin.evaluation.answers import Answer
 from steer_plugin.evaluation.asking import Asked, Method, Sampling, answered, distinct
 from steer_plugin.evaluation.benchmark import Benchmark, Metric
-from steer_plugin.evaluation.comparing import Runs, against_all, comparable, scored_rows
+from steer_plugin.evaluation.comparing import Runs, against_all, by_picture, comparable, scored_rows
 from steer_plugin.evaluation.cost_log import MethodCosts, item_costs, method_costs
 from steer_plugin.evaluation.judges import Verdict, verdicts
 from steer_plugin.evaluation.lineup import Entry
@@ -207,4 +207,4 @@ class Runner:
 def _summary(metric: Metric, pictures: Sequence[str], runs: Runs, seed: int) -> SeedSummary:
     use = scored_rows(metric.name, runs)
     groups = [picture for picture, chosen in zip(pictures, use, strict=True) if chosen]
-    return across([run[metric.name][use] for run in runs], groups, metric.statistic, seed=seed)
+    return across(*by_picture([run[metric.name][use] for run in runs], groups, metric.statistic), seed=seed)

@@ -18,6 +18,7 @@ from steer_plugin.evaluation.intervals import (
     mean,
     paired_difference,
     ratio,
+    summed,
     wilson_interval,
 )
 from steer_plugin.evaluation.pope_metrics import pope_scores
@@ -175,3 +176,17 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+@pytest.mark.parametrize("name", ["mean", "ratio", "f1"])
+@given(st.integers(0, 2**32 - 1), st.integers(2, 9))
+def test_rows_summed_by_picture_give_the_same_figure_and_interval(name: str, seed: int, pictures: int):
+    statistic = {"mean": mean, "ratio": ratio, "f1": f1}[name]
+    random = np.random.default_rng(seed)
+    groups = [f"p{one}" for one in random.permutation(np.repeat(np.arange(pictures), 3))]
+    values = random.integers(0, 2, (len(groups), 1 if name == "mean" else 2)).astype(float)
+    sums, named, of_sums = summed(values, groups, statistic)
+    assert named == list(dict.fromkeys(groups)) and len(sums) == pictures
+    rows = bootstrap_interval(values, groups, statistic, seed=1, resamples=50)
+    short = bootstrap_interval(sums, named, of_sums, seed=1, resamples=50)
+    assert (short.value, short.low, short.high) == pytest.approx((rows.value, rows.low, rows.high), abs=1e-12)

@@ -41,11 +41,10 @@ from steer_plugin.evaluation.benchmarks._parts import (
     split_pictures,
     unique,
 )
-from steer_plugin.evaluation.intervals import Statistic, Values, f1, mean, ratio
+from steer_plugin.evaluation.intervals import Statistic, SumStatistic, Values, f1, mean, ratio
 from steer_plugin.evaluation.judges.base import check_count
 from steer_plugin.evaluation.parsing import clear_answer, l2s_correct, pope_answer
 from steer_plugin.evaluation.pope import PopeItem, read_items
-from steer_plugin.evaluation.pope_metrics import f1_l2s
 
 PROMPT = "Be careful."
 _PUBLISHED = (
@@ -54,10 +53,13 @@ _PUBLISHED = (
 )
 
 
-def l2s_f1(values: Float[np.ndarray, "row 1"], weights: Float[np.ndarray, "resample row"]) -> Values:
-    """Statistic: 2a / (1 + a) of the accuracy a (Learn-to-Steer, arXiv 2508.12815)."""
-    accuracy = mean(values, weights)
-    return np.asarray([f1_l2s(float(one)) for one in accuracy])
+def _l2s_f1(sums: Float[np.ndarray, "resample 2"]) -> Values:
+    accuracy = mean.of(sums)
+    return 2 * accuracy / (1 + accuracy)
+
+
+# 2a / (1 + a) of the accuracy a (Learning to Steer, arXiv 2508.12815): `pope_metrics.f1_l2s` for resamples.
+l2s_f1 = SumStatistic(mean.columns, _l2s_f1)
 
 
 # Measures of yes/no answers: name, statistic, and which way is good.
