@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from steer_plugin.atomic import JSON
+from steer_plugin.errors import InputError
+
 if TYPE_CHECKING:
     from steer_plugin.evaluation.benchmark import Benchmark, Training
     from steer_plugin.evaluation.judges import Judge
@@ -45,10 +48,17 @@ def folder_data(
     taken = {name: value for name, value in options.items() if name in known}
     if benchmark == "pope" and (data.suffix == ".parquet" or (data / "dataset_info.json").is_file()):
         from steer_plugin.evaluation.benchmarks import PopeBenchmark
+        from steer_plugin.evaluation.benchmarks.pope import digest_of_items_pictures
         from steer_plugin.evaluation.hub_data import pope_items_from
 
+        if images is not None:
+            raise InputError(f"--images {images}: a table brings its pictures. Leave it out.")
         table = pope_items_from(data)
-        return PopeBenchmark.split(table, **{name: taken[name] for name in ("fitting", "seed")})  # pyright: ignore
+        source: dict[str, JSON] = {"table": data.name, "pictures_sha256": digest_of_items_pictures(table)}
+        share, seed = float(str(taken["fitting"])), int(str(taken["seed"]))
+        return PopeBenchmark.split(table, fitting=share, seed=seed, source=source)
+    if not data.is_dir():
+        raise InputError(f"there is no folder {data}; docs/data.md says which files {benchmark} needs.")
     return open_benchmark(benchmark, data, images=images, judges=_judges(benchmark, judging), **taken)
 
 
@@ -65,10 +75,12 @@ def _judges(benchmark: str, judging: Judging) -> dict[str, Judge]:
 
     found: dict[str, Judge] = {}
     if judging.guard is not None:
+        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        # As the model's own loader: its tokenizer and weights, in the dtype that they are stored in.
-        guard = AutoModelForCausalLM.from_pretrained(judging.guard, dtype="auto").eval()
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.float32 if where == "cpu" else torch.bfloat16
+        guard = AutoModelForCausalLM.from_pretrained(judging.guard, dtype=dtype, device_map=where).eval()
         found["unsafe"] = LlamaGuardJudge(guard, AutoTokenizer.from_pretrained(judging.guard))
     if judging.judge is not None:
         role, rubric = ("stance", STANCE) if benchmark == "vnia" else ("quality", QUALITY)

@@ -40,7 +40,7 @@ _FOR: Mapping[str, tuple[str, ...]] = {
     "synonyms": ("chair",),
     "limit": ("chair",),
     "pairs": ("chair",),
-    "part": ("ohd", "mmsafety"),
+    "part": ("ohd", "mmsafety", "vnia"),
     "preset": ("mmsafety",),
     "guard": ("mmsafety",),
     "judge": ("mmsafety", "vnia"),
@@ -74,11 +74,13 @@ def _run(
     seeds: Annotated[str, typer.Option(help="Seeds of fits and random directions, as 0,1,2.")] = "0",
     controls: Annotated[bool, typer.Option(help="Run swapped and random controls beside each method.")] = True,
     pictures: Annotated[int | None, typer.Option(help="Test pictures of the pocket world.")] = None,
-    fitting: Annotated[float, typer.Option(help="Share of the pictures for fitting, where methods are fitted.")] = 0.4,
+    fitting: Annotated[
+        float | None, typer.Option(help="Share of the pictures that are not tested: 0.4 where anything is steered.")
+    ] = None,
     synonyms: Annotated[Path | None, typer.Option(help="CHAIR's list of synonyms; synonyms.txt in the data.")] = None,
-    limit: Annotated[int, typer.Option(help="Pictures to caption; the paper has 500.")] = 500,
+    limit: Annotated[int | None, typer.Option(help="Pictures to caption, as the paper 500.")] = None,
     part: Annotated[bool, typer.Option(help="Take a part of the data; incomplete data is refused without it.")] = False,
-    preset: Annotated[str, typer.Option(help="Contrastive suffixes of the L2S authors: llava or qwen.")] = "llava",
+    preset: Annotated[str | None, typer.Option(help="Contrastive suffixes: llava, or the L2S authors' qwen.")] = None,
     guard: Annotated[str | None, typer.Option(help="Guard model (folder or hub id) for P(unsafe).")] = None,
     judge: Annotated[str | None, typer.Option(help="Model of an OpenAI-compatible server that grades answers.")] = None,
     judge_url: Annotated[str | None, typer.Option(help="That server; OPENAI_BASE_URL or OpenAI's without it.")] = None,
@@ -101,7 +103,7 @@ def _run(
 
     names = tuple(name.strip() for name in methods.split(",") if name.strip())
     pair = _pair(p_plus, p_minus)
-    saved = _steerings(steering or [], packaged=model == "pocket" and "steervlm" in names)
+    saved = _steerings(steering or [], packaged=model == "pocket" and "steervlm" in names, wanted="steervlm" in names)
     lineup = _lineup(names, saved, (write, read, positions), alpha, prompt, pair, seeds, controls)
     judging = Judging(guard, judge, judge_url, judge_requests, out / "judge-cache")
     fits = any(name in ("mean", "mean_ba", "l2s", "p2s", "norm_rnd", "actadd") for name in names)
@@ -113,13 +115,18 @@ def _run(
             "judge": judge,
             "part": part or None,
             "pairs": pairs,
+            "limit": limit,
+            "preset": preset,
+            "fitting": fitting,
+            "judge-url": judge_url,
         }
         _refuse(folders, "is for data in a folder; the pocket world draws its own and knows the truth. Leave it out.")
     else:
         _refuse({"pictures": pictures}, "is for --data pocket; a folder is tested as it is split. Leave it out.")
     options: dict[str, object] = {
-        "fitting": fitting if fits else 0.0, "synonyms": synonyms, "pictures": limit, "whole": not part,
-        "preset": preset, "seed": seed, "training": None if pairs is None else pairs_to_fit(pairs),
+        "fitting": fitting if fitting is not None else 0.4 if fits or saved else 0.0, "synonyms": synonyms,
+        "pictures": limit or 500, "whole": not part, "missing": "skip" if part else "error",
+        "preset": preset or "llava", "seed": seed, "training": None if pairs is None else pairs_to_fit(pairs),
     }  # fmt: skip
     lineup, strengths = _usual(
         benchmark, lineup, alpha, positions, max_kl, pocket=data == "pocket" and model == "pocket"
@@ -131,6 +138,7 @@ def _run(
     )
     if wording is not None:
         opened = reworded_benchmark(opened, wording)
+    lineup.check(opened)  # before a large model is loaded
     if sample and benchmark in ("pope", "ohd") and max_new_tokens is None:
         max_new_tokens = AUTHORS_TOKENS
     vlm = load_model(model)
@@ -210,7 +218,7 @@ def _usual(
     return lineup, Strengths(KLBound(max_kl), layers=layers)
 
 
-def _steerings(paths: list[Path], *, packaged: bool) -> dict[str, Steerable]:
+def _steerings(paths: list[Path], *, packaged: bool, wanted: bool) -> dict[str, Steerable]:
     """Saved steerings by the names of their folders; the pocket VLM's own SteerVLM where none is given."""
     from steer_plugin.demo.usual import packaged_steervlm
     from steer_plugin.methods import SteerVLM
@@ -221,6 +229,9 @@ def _steerings(paths: list[Path], *, packaged: bool) -> dict[str, Steerable]:
         if name in found:
             raise InputError(f"two methods would be called {name!r}; rename the folder of one of the steerings.")
         found[name] = load_steering(path)
+    modules = [name for name, one in found.items() if isinstance(one, SteerVLM)]
+    if wanted and len(modules) == 1:
+        found = {"steervlm" if name in modules else name: one for name, one in found.items()}
     if packaged and not any(isinstance(one, SteerVLM) for one in found.values()):
         found["steervlm"] = packaged_steervlm()
     return found

@@ -36,17 +36,17 @@ class ItemCost(NamedTuple):
 
 @dataclass(frozen=True)
 class MethodCosts:
-    """Costs of a method over `n` answers.
+    """Costs of a method: what its texts look like, over all answers, and over `n` of them what a forward tells.
 
     Attributes:
         kl: mean over answers of KL(steered || unsteered) along the method's own answers, in nats per token; None for an
-            instruction in words.
-        perplexity: of the answers under the unsteered model without that instruction.
+            instruction in words, and where none was measured.
+        perplexity: of the answers under the unsteered model without that instruction; None where none was measured.
         text: lengths, empty and unfinished answers, distinct-n.
     """
 
     kl: Interval | None
-    perplexity: float
+    perplexity: float | None
     text: TextCosts
     n: int
 
@@ -105,16 +105,14 @@ def method_costs(
     *,
     seed: int,
 ) -> MethodCosts:
-    """Sum the costs of a method up; `groups` names the picture of each key."""
-    keys = list(costs)
-    found = [costs[key] for key in keys]
+    """Sum the costs of a method up; `groups` names the picture of each key, `costs` may be of some of the answers."""
+    found, pictures = list(costs.values()), [groups[key] for key in costs]
     kls = [cost.kl for cost in found if cost.kl is not None]
-    pictures = [groups[key] for key in keys]
-    kl = bootstrap_interval(np.array(kls), pictures, seed=seed) if len(kls) == len(found) else None
-    total = sum(cost.nll * cost.tokens for cost in found) / sum(cost.tokens for cost in found)
-    spoken = [answers[key] for key in keys]
+    kl = bootstrap_interval(np.array(kls), pictures, seed=seed) if found and len(kls) == len(found) else None
+    total = sum(cost.nll * cost.tokens for cost in found) / sum(cost.tokens for cost in found) if found else None
+    spoken = list(answers.values())
     text = text_costs([one.text for one in spoken], [one.tokens for one in spoken], eos_tokens(vlm))
-    return MethodCosts(kl, math.exp(total), text, len(found))
+    return MethodCosts(kl, None if total is None else math.exp(total), text, len(found))
 
 
 def _batch(

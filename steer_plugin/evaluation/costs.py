@@ -101,19 +101,27 @@ def kl_per_row(
     mask: Bool[Tensor, "row pos"],
 ) -> Float[Tensor, " row"]:
     """Mean KL(steered || unsteered) over the masked tokens of each row, in nats; raises InputError for an empty row."""
-    log_s, log_u = steered.float().log_softmax(-1), unsteered.float().log_softmax(-1)
-    # A word that is impossible when steered adds nothing, whatever the other model thinks of it.
-    terms = torch.where(log_s == -torch.inf, 0.0, log_s.exp() * (log_s - log_u))
-    # No KL is below 0; rounding may put one there.
-    return _masked_mean(terms.sum(-1).clamp(min=0), mask)
+    # Row by row: a batch of long answers over a large vocabulary, in float32, is gigabytes at every step.
+    found = [_kl(one, other) for one, other in zip(steered, unsteered, strict=True)]
+    return _masked_mean(torch.stack(found), mask)
 
 
 def nll_per_row(
     logits: Float[Tensor, "row pos vocab"], targets: Int[Tensor, "row pos"], mask: Bool[Tensor, "row pos"]
 ) -> Float[Tensor, " row"]:
     """Mean of -log p(target) over the masked tokens of each row, in nats; raises InputError for an empty row."""
-    chosen = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    return _masked_mean(-chosen, mask)
+    chosen = [
+        row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in zip(logits, targets, strict=True)
+    ]
+    return _masked_mean(-torch.stack(chosen), mask)
+
+
+def _kl(steered: Float[Tensor, "pos vocab"], unsteered: Float[Tensor, "pos vocab"]) -> Float[Tensor, " pos"]:
+    log_s, log_u = steered.float().log_softmax(-1), unsteered.float().log_softmax(-1)
+    # A word that is impossible when steered adds nothing, whatever the other model thinks of it.
+    terms = torch.where(log_s == -torch.inf, 0.0, log_s.exp() * (log_s - log_u))
+    # No KL is below 0; rounding may put one there.
+    return terms.sum(-1).clamp(min=0)
 
 
 def perplexity(

@@ -115,6 +115,8 @@ def _more(name: str, fitting: Fitting) -> dict[str, JSON]:
     return {
         "preset": training.preset, "learning_rate": training.learning_rate, "hidden": fitting.lineup.hidden,
         "neutral": None if fitting.neutral is None else _digest(fitting.neutral),
+        # Refitted under other versions a network is another one.
+        "networks": [digest_of(fitting.network(seed)) for seed in fitting.lineup.seeds],
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from steer_plugin.adapters import AttachedModel
+from steer_plugin.analysis._figure import new_figure
 from steer_plugin.atomic import JSON
 from steer_plugin.evaluation.asking import Sampling
 from steer_plugin.evaluation.benchmark import Benchmark
@@ -55,6 +56,8 @@ def evaluate(
         costed=costed, progress=progress,
     )  # fmt: skip
     runner.check()
+    if figures:
+        new_figure(1.0, 1.0)  # says now, not behind the work, that matplotlib is missing
     # Layers to choose from stand in for the lineup's own.
     some = strengths.layers[0][0] if strengths is not None and strengths.layers else lineup.write
     replace(lineup, write=some).check(benchmark)

@@ -81,13 +81,17 @@ class Lineup:
             check_alpha(strength)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds are {self.seeds}: expected at least one, each once.")
-        if odd := sorted(set(self.alphas) - set(METHODS)):
-            raise InputError(f"a strength is given for {odd[0]!r}.{nearest(odd[0], METHODS)}")
+        own = [name for name in self.methods if name in (*FITTED, *ORACLES, "actadd")]
+        if odd := sorted(set(self.alphas) - set(own)):
+            raise InputError(
+                f"a strength is given for {odd[0]!r}, which is not fitted here ({', '.join(own) or 'nothing is'})."
+                f"{nearest(odd[0], own)} A saved steering carries its own."
+            )
 
     def of(self, method: str) -> float:
-        """Strength of a method; Norm-Rnd is matched to L2S, which it controls for, unless it has its own."""
+        """Strength of a method; Norm-Rnd is matched to L2S (without it, to P2S) unless it has its own."""
         if method == "norm_rnd" and method not in self.alphas:
-            return self.of("l2s")
+            return self.of("p2s" if "p2s" in self.methods and "l2s" not in self.methods else "l2s")
         return self.alphas.get(method, self.alpha)
 
     def check(self, benchmark: Benchmark) -> None:
@@ -115,6 +119,10 @@ class Lineup:
             raise InputError(
                 f"actadd on {benchmark.name} needs a site to write at (write) and a pair of prompts (pair)."
             )
+        for name, one in self.steerings.items():
+            patches = not isinstance(one, SteerVLM) and any(w.kind == "replace" for w in one.intervention.writes)
+            if patches and self.controls:
+                raise InputError(f"{name!r} replaces what it finds: it has no opposite; run it with controls=False.")
         modules = [name for name, one in self.steerings.items() if isinstance(one, SteerVLM)]
         if "steervlm" in self.methods and not modules:
             raise InputError("steervlm comes trained: give a saved SteerVLM among the steerings.")

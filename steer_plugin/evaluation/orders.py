@@ -58,18 +58,29 @@ class Reproduction:
                 values = self.table.rows[one].get(name), self.table.rows[two].get(name)
                 if values[0] is None or values[1] is None or values[0] == values[1]:
                     continue
+                if any(metric not in self.found.scores[self.rows[name]] for name in (one, two)):
+                    continue
                 better, worse = (one, two) if sign * (values[0] - values[1]) > 0 else (two, one)
-                gap = self.found.compare(self.rows[better], self.rows[worse], metric).difference
+                gap = self.found.compare(self.rows[better], self.rows[worse], metric, seed=self._seed).difference
                 # + 0.0 makes a plain zero of the negative one.
                 low, high = sorted((sign * gap.low + 0.0, sign * gap.high + 0.0))
                 ours = Interval(sign * gap.value + 0.0, low, high, gap.level)
                 made.append(Order(name, better, worse, abs(values[0] - values[1]), ours, _verdict(ours)))
         return made
 
+    @property
+    def _seed(self) -> int:
+        seed = self.found.provenance.get("seed", 0)
+        return seed if isinstance(seed, int) else 0
+
     def markdown(self) -> str:
         """Ours beside theirs, then the orders: how many hold, and each one that does not."""
         cells: dict[str, dict[str, Cell]] = {
-            row: {name: self.found.score(ours, metric) for name, metric in self.columns.items()}
+            row: {
+                name: self.found.score(ours, metric)
+                for name, metric in self.columns.items()
+                if metric in self.found.scores[ours]
+            }
             for row, ours in self.rows.items()
         }
         orders = self.orders()

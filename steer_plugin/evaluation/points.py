@@ -157,6 +157,7 @@ class Points:
         if index in self._batches:
             return self._batches[index]
         task, items, known = self.task, self._items[index], self._rows.get((*UNSTEERED, index))
+        self._last = None  # its prompts must not lie in memory beside the next ones
         inputs = task.vlm.inputs([one.text for one in items], [list(one.load_images()) for one in items])
         prefix = task.vlm.prefix(inputs, do_sample=False, max_new_tokens=task.max_new_tokens if known is None else 1)
         if known is None:

@@ -104,7 +104,7 @@ class Evaluation:
         rows: dict[str, dict[str, Cell]] = {
             method: {
                 "KL (nats/token)": "" if one.kl is None else cell_text(one.kl, 3, 1.0),
-                "perplexity": f"{one.perplexity:.2f}",
+                "perplexity": "" if one.perplexity is None else f"{one.perplexity:.2f}",
                 "tokens": f"{one.text.tokens:.1f}",
                 "empty %": f"{100 * one.text.empty:.1f}",
                 "unfinished %": "" if one.text.unfinished is None else f"{100 * one.text.unfinished:.1f}",
@@ -130,8 +130,8 @@ class Evaluation:
         if first is not None:
             parts += [
                 "## What it costs", "", self.cost_table(),
-                f"On {first.n} answers. KL of the steered to the unsteered model along the method's own answers; "
-                "perplexity of those answers under the unsteered model.", "",
+                "Lengths, empty and unfinished answers and distinct-n over all answers (of the first seed); KL to the "
+                f"unsteered model along the method's own answers, and their perplexity under it, on {first.n}.", "",
             ]  # fmt: skip
         return "\n".join(parts)
 

@@ -23,7 +23,7 @@ from steer_plugin.evaluation.answers import Answer
 from steer_plugin.evaluation.asking import Asked, Method, Sampling, answered, distinct
 from steer_plugin.evaluation.benchmark import Benchmark, Metric
 from steer_plugin.evaluation.comparing import Runs, against_all, by_picture, comparable, scored_rows
-from steer_plugin.evaluation.cost_log import MethodCosts, item_costs, method_costs
+from steer_plugin.evaluation.cost_log import ItemCost, MethodCosts, item_costs, method_costs
 from steer_plugin.evaluation.judges import Verdict, verdicts
 from steer_plugin.evaluation.lineup import Entry
 from steer_plugin.evaluation.result import Evaluation
@@ -41,7 +41,7 @@ class Runner:
         seed: of the bootstrap and the permutations.
         sampling: draw the answers; greedy without.
         max_new_tokens: longest answer, instead of the benchmark's.
-        costed: how many different items the costs are measured on; 0 leaves them out.
+        costed: how many different items KL and perplexity are measured on; 0 leaves them out.
     """
 
     vlm: AttachedModel
@@ -78,7 +78,7 @@ class Runner:
             for number, (seed, method) in enumerate(entry.runs):
                 answers = self._ask(entry, seed, method)
                 found.append(self._values(entry, seed, answers))
-                if not number and self.costed:
+                if not number:
                     costs[entry.name] = self._costs(entry, seed, method, answers)
             runs[entry.name] = found
         result = self._result(entries, runs, costs, provenance or {})
@@ -143,10 +143,12 @@ class Runner:
         return self.benchmark.values(texts, judged)
 
     def _costs(self, entry: Entry, seed: int, method: Method, answers: Mapping[str, Answer]) -> MethodCosts:
-        found = item_costs(
-            self.vlm, self._costed(), method, answers, batch_size=self.batch_size, job=self._job(),
-            log=self.out / "costs" / entry.log(seed), progress=self.progress,
-        )  # fmt: skip
+        found: dict[str, ItemCost] = {}
+        if self.costed:
+            found = item_costs(
+                self.vlm, self._costed(), method, answers, batch_size=self.batch_size, job=self._job(),
+                log=self.out / "costs" / entry.log(seed), progress=self.progress,
+            )  # fmt: skip
         return method_costs(self.vlm, answers, found, self._pictures(), seed=self.seed)
 
     def _costed(self) -> list[Asked]:

@@ -70,6 +70,10 @@ class Strengths:
             )
         if training is None or training.validation is None:
             raise InputError(f"{benchmark.name} has no validation items to choose strengths on; give alpha.")
+        if "norm_rnd" in {*lineup.methods} - {*lineup.alphas} and not {"l2s", "p2s"} & {*lineup.methods}:
+            raise InputError("norm_rnd is as strong as l2s, or p2s: let one of them take part, or give its alpha.")
+        # A benchmark that cannot score single answers says so now, not behind hours of extraction.
+        training.validation.behaviour({item.key: "" for item in training.validation.items})
         self.found.clear()
         sites = list(self.layers) or [_sites(lineup)]
         fittings = {
@@ -81,7 +85,8 @@ class Strengths:
         order, alphas = sorted(names, key=lambda name: name != "l2s"), dict[str, float]()
         for name in order:
             makers = {place: _maker(fitting, name, training.validation) for place, fitting in fittings.items()}
-            job = _job(training, fittings, name, training.validation.pairs)
+            template = str(getattr(vlm.processor, "chat_template", None))
+            job = _job(training, fittings, name, training.validation.pairs) | {"template": sha256(template.encode())}
             made = self._calibrate(vlm, training.validation, makers, job, name, out, batch_size, progress)
             self.found[name] = made
             # The first choice settles the layers for everybody.

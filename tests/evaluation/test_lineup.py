@@ -29,7 +29,8 @@ MODULE = sp.SteerVLM(drawn_module())
         ({"steerings": {"": MEAN}}, "has no name: expected {name: steering}"),
         ({"seeds": ()}, r"seeds are \(\): expected at least one"),
         ({"seeds": (1, 1)}, r"seeds are \(1, 1\): expected at least one, each once"),
-        ({"alphas": {"l2": 1.0}}, r"a strength is given for 'l2'\. Did you mean 'l2s'"),
+        ({"methods": ("l2s",), "alphas": {"l2": 1.0}}, r"for 'l2', which is not fitted here \(l2s\)\. Did you mean"),
+        ({"methods": ("none",), "alphas": {"l2s": 1.0}}, r"for 'l2s', which is not fitted here \(nothing is\)"),
         ({"alpha": float("nan")}, "alpha must be a finite number, got nan"),
         ({"alphas": {"l2s": float("inf")}}, "alpha must be a finite number, got inf"),
         ({"positions": "lastprompt"}, "last_prompt"),
@@ -105,9 +106,10 @@ def test_what_a_benchmark_can_host_passes():
 
 
 def test_norm_random_is_as_strong_as_the_l2s_that_it_controls_for():
-    lineup = Lineup(alpha=2.0, alphas={"l2s": 5.0})
+    lineup = Lineup(("mean", "l2s", "p2s", "norm_rnd"), alpha=2.0, alphas={"l2s": 5.0})
     assert [lineup.of(name) for name in ("mean", "l2s", "norm_rnd")] == [2.0, 5.0, 5.0]
     assert replace(lineup, alphas={"l2s": 5.0, "norm_rnd": 1.0}).of("norm_rnd") == 1.0
+    assert Lineup(("p2s", "norm_rnd"), alphas={"p2s": 3.0}).of("norm_rnd") == 3.0
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_marks_stand_behind_what_cannot_be_told_from_unsteered(found: Evaluation
 def test_the_page_holds_the_tables_and_what_they_mean(found: Evaluation):
     page = found.markdown()
     for part in ("# board", "18 items", "## Against unsteered, right", "## Against their own controls, right",
-                 "good less good, random", "## What it costs", "On 18 answers"):  # fmt: skip
+                 "good less good, random", "## What it costs", "their perplexity under it, on 18."):  # fmt: skip
         assert part in page
     bare = replace(found, costs={}, over_controls={}, controls={}, against={})
     assert "What it costs" not in bare.markdown() and "own controls" not in bare.markdown()

@@ -92,7 +92,6 @@ def test_own_files_from_pairs_to_a_steered_answer(workshop: Path, capfd: pytest.
         (["eval", "pope", "--data", ".", "--pictures", "3"], "--pictures is for --data pocket"),
         (["eval", "pope", "--pictures", "1"], "pictures is 1"),
         (["eval", "pope", "--pictures", "2", "--costs", "1"], "costed=1 items"),
-        (["eval", "pope", "--pictures", "2", "--methods", "steervlm"], "needs a prompt pair on pope"),
         (["eval", "vnia", "--methods", "norm_rnd", "--max-kl", "0"], "limit=0.0 cannot be used"),
         (["pocket", "export", "--format", "pop"], "got 'pop'. Did you mean 'pope'?"),
         (["pocket", "export", "--format", "pope", "--split", "tset"], "'tset'"),
@@ -192,7 +191,7 @@ OWN_OPTIONS = {
     "--fitting": {"pope", "ohd"},
     "--synonyms": {"chair"},
     "--limit": {"chair"},
-    "--part": {"ohd", "mmsafety"},
+    "--part": {"ohd", "mmsafety", "vnia"},
     "--preset": {"mmsafety"},
     "--guard": {"mmsafety"},
     "--judge": {"mmsafety", "vnia"},
@@ -264,6 +263,7 @@ def test_positions_of_the_user_go_before_the_usual_ones(tmp_path: Path, monkeypa
 
     monkeypatch.setattr("steer_plugin.evaluation.evaluate.evaluate", stop)
     monkeypatch.setattr("steer_plugin.cli_eval.pocket_data", lambda *rest: None)
+    monkeypatch.setattr(Lineup, "check", lambda lineup, benchmark: None)
     words = ["eval", "pope", "--pictures", "2", "--methods", "mean", "--alpha", "2", *FEW, "--out", tmp_path]
     for more in ((), ("--positions", "everywhere"), ("--write", "resid_post.2")):
         with pytest.raises(InputError, match="stopped"):

@@ -14,7 +14,7 @@ import steer_plugin as sp
 from steer_plugin.contrast import ContrastivePair
 from steer_plugin.demo.bench import Bench
 from steer_plugin.demo.benchmarks import SIZES, pocket_benchmark
-from steer_plugin.demo.benchmarks.questions import OHD_PAIR
+from steer_plugin.demo.benchmarks.questions import CARE_PAIR
 from steer_plugin.demo.benchmarks.requests import RequestBenchmark
 from steer_plugin.demo.benchmarks.stances import StanceBenchmark
 from steer_plugin.demo.captions import CaptionItem
@@ -99,7 +99,11 @@ def test_existence_scores_are_those_of_the_demo(make: Make, said: Said):
     found = figures(benchmark, texts)
     for subset in ("random", "popular", "adversarial", "mean"):
         assert found[f"{subset} accuracy"] == pytest.approx(expected[subset].accuracy.value)
-        assert found[f"{subset} F1"] == pytest.approx(expected[subset].f1.value)
+        of = [
+            expected[part].f1.value
+            for part in (("random", "popular", "adversarial") if subset == "mean" else (subset,))
+        ]
+        assert found[f"{subset} F1"] == pytest.approx(np.mean(of))
     assert found["mean yes-ratio"] == pytest.approx(expected["mean"].yes_ratio)
     assert found["mean well-formed"] == pytest.approx(expected["mean"].wellformed)
     assert found["mean accuracy (L2S)"] == pytest.approx(expected["mean"].accuracy_l2s)
@@ -142,8 +146,8 @@ def test_ohd_prompts_are_words_that_the_model_knows(make: Make):
     benchmark = make("ohd")
     _, processor = sp.pocket.load()
     assert set(benchmark.pairs) == {item.id for item in benchmark.items}
-    assert len(set(OHD_PAIR)) == 2
-    for text in OHD_PAIR:
+    assert len(set(CARE_PAIR)) == 2
+    for text in CARE_PAIR:
         assert processor.tokenizer.unk_token_id not in processor.tokenizer(text)["input_ids"]
 
 

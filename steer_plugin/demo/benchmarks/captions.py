@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from steer_plugin.contrast import ContrastivePair, pocket_caption_pairs
 from steer_plugin.demo.bench import PROMPT
+from steer_plugin.demo.benchmarks.questions import CARE_PAIR
 from steer_plugin.demo.benchmarks.source import source_of
 from steer_plugin.demo.captions import TOKENS, CaptionItem, counted
 from steer_plugin.evaluation.benchmark import Benchmark, Metric, Texts, Training, Verdicts, column
@@ -50,6 +51,7 @@ class CaptionBenchmark(Benchmark):
         self.headline = "CHAIR_i"
         self.max_new_tokens = TOKENS
         self.prompt = PROMPT
+        self.pairs = {item.id: CARE_PAIR for item in self.items}
         self.source = source_of([world], split, pictures, self.items)
         self.training = Training(
             pairs=pairs,

@@ -27,8 +27,9 @@ from steer_plugin.pocket import World
 
 Rows = Mapping[str, Float[np.ndarray, "item column"]]
 
-# In words of the pocket VLM's vocabulary; it heard the first one in training and the second one never.
-OHD_PAIR = (PROMPT, "Be quick.")
+# For SteerVLM and ActAdd, as only VNIA brings pairs. In words of the pocket VLM's vocabulary; it heard the first one in
+# training and the second one never.
+CARE_PAIR = (PROMPT, "Be quick.")
 # The authors' 5e-5 is for d_model 4096, where weights are far larger in number.
 LEARNING_RATE = 1e-3
 _WELLFORMED = "well-formed"
@@ -65,7 +66,9 @@ def pope_benchmark(world: World, pictures: int, train: int, validation: int) -> 
     def part(split: str, number: int, held: Benchmark | None) -> PocketPope:
         items = held_out_items(world, number, split)
         source = source_of([world], split, number, items)
-        return PocketPope(items, training=_training(fitting, items, held), prompt=PROMPT, source=source)
+        found = PocketPope(items, training=_training(fitting, items, held), prompt=PROMPT, source=source)
+        found.pairs = {item.id: CARE_PAIR for item in items}
+        return found
 
     return part("test", pictures, part("validation", validation, None))
 
@@ -83,7 +86,7 @@ def ohd_benchmark(world: World, pictures: int, train: int, validation: int) -> P
         every = [item for found in items.values() for item in found]
         source = source_of(worlds, split, number, every)
         found = PocketOhd(items, training=_training(fitting, every, held), prompt=PROMPT, source=source)
-        found.pairs = {item.id: OHD_PAIR for item in every}
+        found.pairs = {item.id: CARE_PAIR for item in every}
         return found
 
     return part("test", pictures, part("validation", validation, None))

@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from steer_plugin.contrast import ContrastivePair, pocket_request_pairs
 from steer_plugin.demo.bench import PROMPT
+from steer_plugin.demo.benchmarks.questions import CARE_PAIR
 from steer_plugin.demo.benchmarks.source import source_of
 from steer_plugin.demo.requests import RequestItem, judged
 from steer_plugin.evaluation.benchmark import Benchmark, Metric, Texts, Training, Verdicts, column
@@ -59,6 +60,7 @@ class RequestBenchmark(Benchmark):
         self.headline = "worth"
         self.max_new_tokens = TOKENS
         self.prompt = PROMPT
+        self.pairs = {item.id: CARE_PAIR for item in self._requests}
         self.source = source_of([world], split, pictures, self.items)
         self.training = Training(
             pairs=pairs,

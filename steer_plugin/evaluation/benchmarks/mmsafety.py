@@ -171,8 +171,8 @@ class MmSafetyBenchmark(Benchmark):
             return super().judged(judge, texts)
         said = answered(self.name, self.items, texts)
         return [
-            Judged(item.id, item.text, text, item.pictures[0], {"category": scenario})
-            for item, text, scenario in zip(self._questions, said, self._scenarios, strict=True)
+            Judged(item.id, asked.text, text, item.pictures[0], {"category": scenario})
+            for item, asked, text, scenario in zip(self._questions, self.items, said, self._scenarios, strict=True)
         ]
 
     def values(self, texts: Texts, verdicts: Verdicts) -> dict[str, Float[np.ndarray, "item column"]]:

@@ -4,7 +4,7 @@
     {images}/{image}                                       COCO val2014; {data}/images where none is given
 
     "{subset} accuracy" ...   over the questions of a subset
-    "mean accuracy" ...       over all questions, each weighing the same: the headline
+    "mean accuracy" ...       the mean of the subsets': the headline
     "... (L2S)"               the Learn-to-Steer authors' accuracy and F1 = 2a / (1 + a), not POPE's (arXiv 2508.12815)
 
 The split into pictures for fitting, for choosing strengths and for testing is ours. That of the Learn-to-Steer authors
@@ -18,15 +18,14 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float
-from numpy.typing import NDArray
+from jaxtyping import Float
 
 from steer_plugin.atomic import JSON
 from steer_plugin.contrast.pair import ContrastivePair
 from steer_plugin.contrast.pope import SUBSETS
 from steer_plugin.errors import InputError, nearest
 from steer_plugin.evaluation.asking import ANSWER_TOKENS, distinct
-from steer_plugin.evaluation.benchmark import Benchmark, Better, Metric, Texts, Training, Verdicts
+from steer_plugin.evaluation.benchmark import Benchmark, Metric, Texts, Training, Verdicts
 from steer_plugin.evaluation.benchmarks._parts import (
     FITTING,
     VALIDATION,
@@ -41,9 +40,16 @@ from steer_plugin.evaluation.benchmarks._parts import (
     split_pictures,
     unique,
 )
-from steer_plugin.evaluation.intervals import Statistic, SumStatistic, Values, f1, mean, ratio
+from steer_plugin.evaluation.benchmarks.yes_no import (
+    MEASURES,
+    WHOLE,
+    is_shown,
+    mean_rows,
+    of_part,
+    parts_of,
+    yes_no_columns,
+)
 from steer_plugin.evaluation.judges.base import check_count
-from steer_plugin.evaluation.parsing import clear_answer, l2s_correct, pope_answer
 from steer_plugin.evaluation.pope import PopeItem, read_items
 
 PROMPT = "Be careful."
@@ -51,33 +57,6 @@ _PUBLISHED = (
     "The questions are published in github.com/RUCAIBox/POPE, output/coco; the pictures are COCO's val2014, published "
     "at cocodataset.org."
 )
-
-
-def _l2s_f1(sums: Float[np.ndarray, "resample 2"]) -> Values:
-    accuracy = mean.of(sums)
-    return 2 * accuracy / (1 + accuracy)
-
-
-# 2a / (1 + a) of the accuracy a (Learning to Steer, arXiv 2508.12815): `pope_metrics.f1_l2s` for resamples.
-l2s_f1 = SumStatistic(mean.columns, _l2s_f1)
-
-
-# Measures of yes/no answers: name, statistic, and which way is good.
-MEASURES: tuple[tuple[str, Statistic, Better], ...] = (
-    ("accuracy", mean, "higher"),
-    ("F1", f1, "higher"),
-    ("precision", ratio, "higher"),
-    ("recall", ratio, "higher"),
-    ("yes-ratio", mean, "neither"),
-    ("well-formed", mean, "higher"),
-    ("accuracy (L2S)", mean, "higher"),
-    ("F1 (L2S)", l2s_f1, "higher"),
-)
-
-
-def is_shown(measure: str, whole: bool) -> bool:
-    """Whether a table has a column for it: accuracy and F1; of the whole also the yes-ratio and well-formed answers."""
-    return measure in ("accuracy", "F1") or (whole and measure in ("yes-ratio", "well-formed"))
 
 
 class PopeBenchmark(Benchmark):
@@ -108,7 +87,9 @@ class PopeBenchmark(Benchmark):
         self._parts = parts_of(items)
         names = {measure: [f"{part} {measure}" for part in self._parts] for measure, _, _ in MEASURES}
         every = {
-            f"{part} {measure}": Metric(f"{part} {measure}", statistic, better, shown=is_shown(measure, part == "mean"))
+            f"{part} {measure}": Metric(
+                f"{part} {measure}", of_part(part, measure, statistic), better, shown=is_shown(measure, part == "mean")
+            )
             for part in self._parts
             for measure, statistic, better in MEASURES
         }
@@ -185,39 +166,12 @@ class PopeBenchmark(Benchmark):
     def values(self, texts: Texts, verdicts: Verdicts) -> dict[str, Float[np.ndarray, "item column"]]:
         """Return the rows of every measure for every subset and for all questions."""
         columns = yes_no_columns(answered(self.name, self.items, texts), self._labels)
-        return {
+        found = {
             f"{part} {measure}": only(asked, *rows)
             for part, asked in self._parts.items()
             for measure, rows in columns.items()
         }
-
-
-def parts_of(items: Sequence[PopeItem], whole: str = "mean") -> dict[str, Bool[np.ndarray, " item"]]:
-    """Say of each subset, and of all of them under the name `whole`, which items are its; InputError for odd names."""
-    for item in items:
-        if item.subset in ("", whole):
-            raise InputError(f"Question {item.id!r} has the subset {item.subset!r}: expected a name such as 'random'.")
-    subsets = dict.fromkeys(item.subset for item in items)
-    masks = {name: np.array([item.subset == name for item in items]) for name in subsets}
-    return {**masks, whole: np.ones(len(items), dtype=bool)}
-
-
-def yes_no_columns(said: Sequence[str], labels: NDArray[np.bool_]) -> dict[str, tuple[NDArray[np.float64], ...]]:
-    """Return the columns of every one of `MEASURES`, one row per answer."""
-    yes = np.array([pope_answer(text) for text in said], dtype=np.float64)
-    true = labels.astype(np.float64)
-    clear = np.array([clear_answer(text) is not None for text in said], dtype=np.float64)
-    close = np.array([l2s_correct(text, bool(one)) for text, one in zip(said, labels, strict=True)], dtype=np.float64)
-    return {
-        "accuracy": ((yes == true).astype(np.float64),),
-        "F1": (yes, true),
-        "precision": (yes * true, yes),
-        "recall": (yes * true, true),
-        "yes-ratio": (yes,),
-        "well-formed": (clear,),
-        "accuracy (L2S)": (close,),
-        "F1 (L2S)": (close,),
-    }
+        return found | mean_rows(columns, [asked for part, asked in self._parts.items() if part != WHOLE])
 
 
 def yes_no_training(fitting: Sequence[PopeItem], test: Sequence[PopeItem], held: Benchmark | None) -> Training:

@@ -150,12 +150,12 @@ class VniaBenchmark(Benchmark):
             return super().judged(judge, texts)
         said = answered(self.name, self.items, texts)
         found: list[Judged] = []
-        for item, text in zip(self._questions, said, strict=True):
+        for item, asked, text in zip(self._questions, self.items, said, strict=True):
             target, converse = self.pairs[item.id]
             extras = {"target": target, "converse": converse}
             if judge.name == "converse":
                 extras = {"target": converse, "converse": target}
-            found.append(Judged(item.id, item.text, text, item.pictures[0], extras))
+            found.append(Judged(item.id, asked.text, text, item.pictures[0], extras))
         return found
 
     def values(self, texts: Texts, verdicts: Verdicts) -> dict[str, Float[np.ndarray, "item column"]]:
