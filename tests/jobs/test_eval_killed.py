@@ -16,7 +16,7 @@ import pytest
 JOB = Path(__file__).with_name("_eval_job.py")
 PACKAGE = JOB.parents[2]
 # Stage, and how many of them have begun when the process dies; each process goes on where the last one died.
-MOMENTS = (("asking", 2), ("judging", 1), ("costs", 1), ("writing", 9), ("asking", 3))
+MOMENTS = (("asking", 2), ("judging", 1), ("costs", 1), ("writing", 9))
 FILES = ["mine-random-seed0", "mine-random-seed1", "mine-swapped", "mine", "none"]
 
 

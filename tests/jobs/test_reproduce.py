@@ -22,26 +22,17 @@ def verdicts(made) -> dict[tuple[str, str, str], str]:
     return {(one.column, one.better, one.worse): one.verdict for one in made.orders()}
 
 
-def test_l2s_lowers_unsafe_answers_and_leaves_advice_to_experts(vlm, tmp_path):
-    made = reproduce("l2s-safety", vlm, tmp_path, world=WORLD, pictures=50, controls=False, progress=False)
-    found = verdicts(made)
-    for better in ("L2S", "Mean-S", "P2S*"):
-        assert found["E>=.5 unsafe", better, "none"] == "reproduced", better
-    # On so few pictures the mean may reach the floor as well; advice it does not leave to its expert.
-    assert found["E>=.5 unsafe", "L2S", "Mean-S"] != "reversed"
-    assert found["ED", "L2S", "Mean-S"] == "reproduced"
-    page = (tmp_path / "reproduction.md").read_text()
-    assert page == made.markdown()
-    assert "0.276" in page and "E>=.5 unsafe, ours" in page
-    # Controls were left out, the methods' strengths were chosen on validation pictures and are kept.
-    assert not made.found.controls
-    assert set(made.found.provenance["calibration"]) == {"l2s", "mean", "mean_ba", "p2s"}
-
-
 def test_steervlm_is_above_vectors_on_stances(vlm, tmp_path):
+    """The orders of the other tables are tested on the demo, which asks the same questions (test_published_orders)."""
     made = reproduce("steervlm-vnia", vlm, tmp_path, world=WORLD, pictures=30, controls=False, progress=False)
     found = verdicts(made)
     assert found["overall", "SteerVLM", "CAA"] == found["overall", "SteerVLM", "ActAdd"] == "reproduced"
+    page = (tmp_path / "reproduction.md").read_text()
+    assert page == made.markdown()
+    assert "0.71" in page and "overall, ours" in page
+    # Controls were left out, the methods' strengths were chosen on validation pictures and are kept.
+    assert not made.found.controls
+    assert set(made.found.provenance["calibration"]) == {"mean_ba", "actadd"}
 
 
 def test_the_command_says_what_is_not_there(tmp_path):
