@@ -39,8 +39,12 @@ class FixedVector:
     def __call__(self, hidden: Float[Tensor, "row pos d_model"], context: Context) -> Tensor:
         """Return v, repeated over the beams of a row where there are more rows than vectors."""
         # Moved once per call: a copy from the host at every token would stall a GPU.
-        v = context.once("vector", lambda: self.vector.to(hidden.device))
-        return v if v.ndim == 1 else expand_rows(v, hidden.shape[0], "steering vectors")[:, None]
+        if self.vector.ndim == 1:
+            return context.once("vector", lambda: self.vector.to(hidden.device))
+        return context.once(f"vectors of {hidden.shape[0]}", lambda: self._rows(hidden))
+
+    def _rows(self, hidden: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row 1 d_model"]:
+        return expand_rows(self.vector.to(hidden.device), hidden.shape[0], "steering vectors")[:, None]
 
 
 def expand_rows(values: Tensor, rows: int, what: str) -> Tensor:
@@ -107,7 +111,7 @@ class Write:
         """Whether alpha is zero for good: such a write is not lowered at all."""
         if self.kind == "replace" or callable(self.alpha):
             return False
-        return not bool(torch.as_tensor(self.alpha).any())
+        return not bool(self.alpha.any()) if isinstance(self.alpha, Tensor) else self.alpha == 0
 
     def alpha_at(self, step: int) -> float | int | Tensor:
         """Strength at a step: a number or one per row.

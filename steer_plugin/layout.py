@@ -6,8 +6,9 @@ generated = what is fed back while decoding (columns behind the prompt forward).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Int
@@ -133,12 +134,26 @@ class TokenLayout:
         return replace(self, real=self.real[index], image=image, last=self.last[index], header=self.header[index])
 
 
+def keys_seen(mask: object, width: int) -> object:
+    """Return the 2-D mask behind what `generate` makes for a static cache: the keys that the last column attends to.
+
+    (row, 1, query, key), True or 0 where attended; for models with sliding windows one of each kind, by name.
+    """
+    if isinstance(mask, Mapping):
+        mask = cast("Mapping[str, object]", mask).get("full_attention", mask)
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return mask
+    last = mask[:, 0, -1, :width]
+    return last if last.dtype == torch.bool else last == 0
+
+
 def _find_header(
     tokens: Sequence[int], final: int, headers: Sequence[Sequence[int]], *, anchored: bool
 ) -> tuple[int, int]:
     """Return (last column, length) of the last assistant header that ends at or before `final`; length 0 if none."""
+    longest_first = sorted(headers, key=len, reverse=True)
     for end in range(final, -1, -1):
-        for header in sorted(headers, key=len, reverse=True):
+        for header in longest_first:
             start = end - len(header) + 1
             if start > 0 and list(tokens[start : end + 1]) == list(header):
                 return end, len(header)

@@ -44,7 +44,7 @@ def check_matches(writes: Sequence[Write], call: Call, *, single_forward: bool) 
     for write in writes:
         if write.site.in_vision or (write.positions.while_decoding() and not single_forward):
             continue
-        if not bool(call.prompt_mask(write.positions).any()):
+        if not any(call.chosen(write.positions).counts):
             raise PositionError(
                 f"the write at {write.site} on {str(write.positions)!r} matches no token of this prompt; "
                 "vlm.show_positions(inputs, positions) shows what each name selects."

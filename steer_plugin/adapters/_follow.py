@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,10 +20,11 @@ from transformers import Cache, StaticCache
 
 from steer_plugin.adapters._call import Call, Forward, Tap
 from steer_plugin.adapters._checks import check_matches, check_rows
+from steer_plugin.adapters._compiled import compiled_around, eagerly
 from steer_plugin.adapters._parts import ModelParts
 from steer_plugin.errors import FrameworkError, InputError
 from steer_plugin.intervention import Intervention, Write
-from steer_plugin.layout import TokenLayout
+from steer_plugin.layout import TokenLayout, keys_seen
 from steer_plugin.sites import Site
 
 A = TypeVar("A")
@@ -30,6 +32,9 @@ A = TypeVar("A")
 
 class Follower:
     """The writes and taps of one steering, and where the model's forwards are.
+
+    Attributes:
+        held: whether somebody closes it for certain; `eager` whether compiled code is off until then.
 
     Raises:
         SiteError, InputError, PositionError: what this model cannot host, before any work.
@@ -62,6 +67,8 @@ class Follower:
         self._uncached: Call | None = None
         self._handles: list[RemovableHandle] = []
         self._attendants: list[object] = []
+        self.held = self.eager = False
+        self._endings = ExitStack()
 
     @property
     def sites(self) -> list[Site]:
@@ -88,7 +95,12 @@ class Follower:
         return bool(self.resolving)
 
     def watch(self) -> None:
-        """Start to follow the root model's forwards; ends with `close`, or with the run itself."""
+        """Start to follow the root model's forwards; ends with `close`, or with the run itself.
+
+        Raises:
+            FrameworkError: code under torch.compile would hide this steering.
+        """
+        self.uncompiled()
         me, root = weakref.ref(self), self.parts.root
 
         def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -100,6 +112,29 @@ class Follower:
                 run.end(output)
 
         self.adopt([root.register_forward_pre_hook(before, with_kwargs=True), root.register_forward_hook(after)])
+
+    def uncompiled(self) -> None:
+        """Switch compiled code off until the end where it lies around a place of this steering.
+
+        Raises:
+            FrameworkError: there is such code, and no end that is known.
+        """
+        inside = [self.parts.point(site)[0] for site in self.sites]
+        name = compiled_around(self.parts.root, ["", self.parts.family.decoder, *inside])
+        if name is None or self.eager:
+            return
+        if not self.held:
+            raise FrameworkError(
+                f"{name or 'the model'} is under torch.compile, whose graphs would hide these hooks; steer with "
+                "vlm.steering(...), which runs it eagerly as long as the block is open."
+            )
+        self.run_eagerly()
+
+    def run_eagerly(self) -> None:
+        """Switch compiled code off until this is closed."""
+        if not self.eager:
+            self.eager = True
+            self._endings.enter_context(eagerly())
 
     def attend(
         self,
@@ -139,7 +174,8 @@ class Follower:
         """
         if self.nested or self.paused:
             return
-        named = self.parts.bind(args, kwargs)
+        # `generate` names everything; to look names up in the signature would cost more than all else here.
+        named = self.parts.bind(args, kwargs) if args else kwargs
         ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
         ids = ids if isinstance(ids, Tensor) else None
         shown = ids if ids is not None else embeds
@@ -147,16 +183,18 @@ class Follower:
             raise InputError("the forward got neither input_ids nor inputs_embeds; pass the processor's output.")
         cache = named.get("past_key_values")
         cache = cache if isinstance(cache, Cache) else None
-        if isinstance(cache, StaticCache):
-            raise FrameworkError("static KV caches are refused until proven; leave cache_implementation out.")
-        past = 0 if cache is None else int(cache.get_seq_length())
         rows, width = shown.shape[0], shown.shape[1]
+        past = 0 if cache is None else self._past(cache, width)
         if past:
             self.forward = self._decoding(cache, past, width)
         elif cache is None and (call := self._continued(ids)) is not None:
             self.forward = Forward(call, 0, width)
         else:
-            real = self.parts.real_tokens(named.get("attention_mask"), rows, width, shown.device)
+            mask = named.get("attention_mask")
+            if isinstance(cache, StaticCache):
+                self._check_static()
+                mask = keys_seen(mask, width)
+            real = self.parts.real_tokens(mask, rows, width, shown.device)
             self.parts.check_pictures(ids, named)
             call = self._prompt(ids, self.parts.layout(ids, real, self.completion_tokens))
             self.forward = Forward(call, 0, width)
@@ -181,9 +219,38 @@ class Follower:
         self._calls[cache] = self._prompt(ids, layout)
         self._given.add(cache)
 
+    def _past(self, cache: Cache, width: int) -> int:
+        """Columns that a cache holds."""
+        call = self._calls.get(cache)
+        if isinstance(cache, StaticCache) and width == 1 and call is not None:
+            # A static cache counts on its device: to ask it at every token would be to wait for it at every token.
+            return call.length
+        return int(cache.get_seq_length())
+
+    def _check_static(self) -> None:
+        """Refuse what needs more than one pass over one cache; compiled decoding, which static caches bring, is off.
+
+        Raises:
+            FrameworkError: a late read, a twin, or a block of the user's own, which has no end that is known.
+        """
+        if self.late or any(write.unsteered for write in self.writes):
+            what = "a read behind its write" if self.late else "an unsteered twin"
+            raise FrameworkError(
+                f"{what} takes a second pass over the prompt, for which a static KV cache has neither room nor a mask; "
+                "leave cache_implementation out."
+            )
+        if not self.held:
+            raise FrameworkError(
+                "a static KV cache makes generate compile its decoding, which would hide these hooks; steer with "
+                "vlm.steering(...) or vlm.generate(...), or leave cache_implementation out."
+            )
+        self.run_eagerly()
+
     def _prompt(self, ids: Tensor | None, layout: TokenLayout) -> Call:
         rows, width = layout.shape
         call = Call(layout, ids, width)
+        inside = [write for write in self.writes if not write.site.in_vision]
+        call.choose([one.positions for write in inside for one in (write, *write.reads)])
         check_matches(self.writes, call, single_forward=self.single_forward)
         check_rows(self.writes, ids, rows)
         return call

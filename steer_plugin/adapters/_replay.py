@@ -52,6 +52,7 @@ class Replay:
             return None
         if forward.stop != forward.call.width or forward.call.resolved:
             return None
+        kwargs = _with_cache(run, kwargs)
         replayed = tokens_of(kwargs) is not None and _can_replay(run, forward, kwargs)
         out: BaseModelOutputWithPast | None = None
         groups = run.late_groups
@@ -64,7 +65,7 @@ class Replay:
         forward.call.resolved = True
         cache = kwargs.get("past_key_values")
         if not replayed or out is None or not isinstance(cache, DynamicCache):
-            return None
+            return None  # what the decoder was called with stands, its own cache included
         cache.crop(-1)
         self._prefix = out.last_hidden_state
         run.forward = Forward(forward.call, forward.stop - 1, forward.stop)
@@ -80,6 +81,15 @@ class Replay:
         return output
 
 
+def _with_cache(run: Run, kwargs: dict[str, object]) -> dict[str, object]:
+    """Make the cache that the decoder is about to make for itself, so that the context pass may fill it."""
+    config, asked = run.parts.root.config.get_text_config(), kwargs.get("use_cache")
+    wanted = getattr(config, "use_cache", False) if asked is None else asked
+    if not wanted or kwargs.get("past_key_values") is not None or torch.is_grad_enabled():
+        return kwargs
+    return {**kwargs, "past_key_values": DynamicCache(config=config), "use_cache": True}
+
+
 def _can_replay(run: Run, forward: Forward, kwargs: dict[str, object]) -> bool:
     """Whether the context pass can serve as the prefill: only the last column, in every row, changes afterwards."""
     call = forward.call
@@ -91,11 +101,9 @@ def _can_replay(run: Run, forward: Forward, kwargs: dict[str, object]) -> bool:
         return False
     touched = [run.writes[index].positions for index in run.late]
     touched += [read.positions for i, write in enumerate(run.writes) if i not in run.late for read in write.reads]
-    final = torch.zeros_like(call.layout.real)
-    final[:, -1] = True
-    return bool(call.layout.real[:, -1].all()) and all(
-        torch.equal(call.prompt_mask(positions), final) for positions in touched
-    )
+    final = (call.width - 1, call.width, True)
+    chosen = [call.chosen(positions) for positions in touched]
+    return all((one.first, one.stop, one.whole) == final for one in chosen)
 
 
 def captures(kwargs: dict[str, object]) -> bool:

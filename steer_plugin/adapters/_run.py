@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from steer_plugin.adapters._call import Call, Forward, Tap
+from steer_plugin.adapters._compiled import compiled_hint, warn_of_hidden_forwards
 from steer_plugin.adapters._follow import Follower
 from steer_plugin.adapters._parts import ModelParts
+from steer_plugin.adapters._put import Reach, Scaled, Strength, put
 from steer_plugin.adapters._travel import managed
 from steer_plugin.context import Aside, AsideTokens, Context
 from steer_plugin.errors import FrameworkError, PositionError, SiteError
@@ -58,7 +60,7 @@ class Run(Follower):
         self.noted: Noted | None = None
         self.at_close: list[Callable[[], None]] = []
         self.fired: set[Site] = set()
-        self.on_prompt: dict[int, Tensor] = {}
+        self.on_prompt: dict[int, tuple[int, ...]] = {}
         self.on_decoded: dict[int, int] = {}
         self._matched: set[int] = set()
         self._writes_at = {
@@ -71,6 +73,11 @@ class Run(Follower):
             site: [(i, read) for i, write in enumerate(self.writes) for read in write.reads if read.site == site]
             for site in self.sites
         }
+        # Looked up at every token: what cannot change is worked out here.
+        self._while_decoding = [write.positions.while_decoding() for write in self.writes]
+        alphas = [write.alpha for write in self.writes]
+        self._every_row = [isinstance(a, Tensor) and a.is_cpu and bool((a != 0).all()) for a in alphas]
+        self._in_vision = [write.site.in_vision for write in self.writes]
         self._recorded_at = {write.site for write in self.writes if write.unsteered or write.asides}
 
     @managed
@@ -93,6 +100,9 @@ class Run(Follower):
             handle.remove()
         for undo in self.at_close:
             undo()
+        self._endings.close()
+        if check and self.writes and not self.forwards:
+            warn_of_hidden_forwards()
         if check and self.forwards:
             self.check_fired()
             for index, write in enumerate(self.writes):
@@ -114,7 +124,7 @@ class Run(Follower):
         if silent:
             raise SiteError(
                 f"{silent[0]} did not run in {self.forwards} forward(s), so nothing was read or written there: is the "
-                "prompt without a picture? vlm.check() shows which sites of this model fire."
+                f"prompt without a picture? vlm.check() shows which sites of this model fire.{compiled_hint()}"
             )
 
     def at(self, site: Site, hidden: Tensor) -> Tensor:
@@ -144,13 +154,17 @@ class Run(Follower):
                 # A late read belongs to its own context pass; in the main pass it would see its own write.
                 if index in self.resolving or (not self.writes[index].late and index not in self.muted):
                     forward.read(index, read, hidden)
-        out = hidden
+        out, own = hidden, False
         for index in self._writes_at[site]:
             if index not in self.muted:
-                out = self._written(index, hidden, out, twins)
-        for tap in self.taps:
-            if tap.site == site and forward is not None and not self.nested:
-                tap.take(out, forward)
+                before = out
+                out = self._written(index, hidden, out, twins, own=own)
+                # A sum is new, and so is what a replacement was put into; what replaces all of it is the delta's.
+                own = own if out is before else self.writes[index].kind == "add" and not torch.is_grad_enabled()
+        if self.taps and forward is not None and not self.nested:
+            for tap in self.taps:
+                if tap.site == site:
+                    tap.take(out, forward)
         return out
 
     def _check_recomputed(self, site: Site) -> None:
@@ -164,61 +178,88 @@ class Run(Follower):
             )
         self._awaiting_backward = 0
 
-    def _written(
-        self,
-        index: int,
-        hidden: Stream,
-        out: Stream,
-        twins: Stream | None,
-    ) -> Stream:
+    def _written(self, index: int, hidden: Stream, out: Stream, twins: Stream | None, *, own: bool) -> Stream:
         write, forward = self.writes[index], self.forward
-        rows = hidden.shape[0]
-        if write.site.in_vision:
-            mask, context = True, Context((), 0, rows)
+        rows, span = hidden.shape[0], hidden.shape[1]
+        if self._in_vision[index]:
+            call, reach, context = None, Reach(0, span), Context((), 0, rows)
         elif forward is None:
             return out
         else:
-            mask = forward.mask(write.positions)
-            if mask is False:
-                return out
+            call = forward.call
+            if forward.start >= call.width:
+                if not self._while_decoding[index]:
+                    return out
+                reach = Reach(0, span)
+            else:
+                reach = forward.reach(write.positions, out.device)
             if not self.nested:
-                self._count(index, forward, mask)
-            context = self._context(index, write, forward, hidden, mask)
+                self._count(index, forward)
+            context = self._context(index, write, forward, hidden)
             context.unsteered = twins if write.unsteered else None
         alpha = write.alpha_at(context.step)
         if isinstance(alpha, (int, float)) and alpha == 0 and write.kind == "add":
             return out
         # Layers may lie on several devices: what was made elsewhere goes where it is added.
         change = write.delta(hidden, context).to(out.device)
-        mask = mask.to(out.device) if isinstance(mask, Tensor) else mask
+        if reach.start >= reach.stop:
+            return out
         if write.kind == "replace":
-            new = change.to(out.dtype).expand_as(out)
-        else:
-            if isinstance(alpha, Tensor) and (alpha.ndim or not alpha.is_cpu):
-                alpha = alpha.to(out.device)
-            if isinstance(alpha, Tensor) and alpha.ndim:
-                alpha = expand_rows(alpha, rows, "strengths")
-                # A row of strength 0 keeps its bits: even adding +0.0 would turn -0.0 into 0.0.
-                mask = (alpha != 0)[:, None].expand(rows, hidden.shape[1]) & mask
-                alpha = alpha[:, None, None]
-            new = out + (alpha * change).to(out)
-        return new if mask is True else torch.where(torch.as_tensor(mask)[..., None], new, out)
+            part = reach.of(out)
+            return put(out, reach.of(change).to(out.dtype).expand_as(part), reach, None, own=own)
+        strength = self._strength(index, write, alpha, rows, call, out)
+        value = self._scaled(index, write, strength, change, context, call, out)
+        return put(out, reach.of(out) + reach.of(value), reach, strength.rows, own=own)
 
-    def _context(
-        self, index: int, write: Write, forward: Forward, hidden: Stream, mask: Bool[Tensor, "row pos"] | bool
-    ) -> Context:
+    def _strength(
+        self, index: int, write: Write, alpha: float | int | Tensor, rows: int, call: Call | None, out: Stream
+    ) -> Strength:
+        if call is None or callable(write.alpha):
+            return Strength.of(alpha, rows, out.device)
+        known = call.strengths.get((index, rows, out.device))
+        if known is None:
+            known = Strength.of(alpha, rows, out.device, every_row=self._every_row[index])
+            call.strengths[index, rows, out.device] = known
+        return known
+
+    def _scaled(
+        self, index: int, write: Write, strength: Strength, change: Tensor, context: Context, call: Call | None,
+        out: Stream,
+    ) -> Tensor:  # fmt: skip
+        """Return alpha * change for this stream; where both stay the same in a call, it is made once."""
+        known = None if call is None or callable(write.alpha) else call.scaled.get(index)
+        if known is not None and known.serves(change, out):
+            return known.value
+        value = (strength.factor * change).to(out)
+        if call is not None and not callable(write.alpha):
+            kept = Scaled.keep(change, value, context.memory.values())
+            if kept is not None:
+                call.scaled[index] = kept
+        return value
+
+    def _context(self, index: int, write: Write, forward: Forward, hidden: Stream) -> Context:
         """What the delta of a write may look at, on the device of the stream that it is shown."""
         call, rows = forward.call, hidden.shape[0]
-        values = (call.values[index, read].to(hidden.device) for read in write.reads)
-        reads = tuple(expand_rows(value, rows, "contexts") for value in values)
+        reads = self._shown(index, write, forward, hidden) if write.reads else ()
         context = Context(reads, forward.step, rows, call.memory.setdefault(index, {}))
         if write.asides:
             if index not in call.asides:
                 call.asides[index] = tuple(self._aside(aside, write.site, call, rows) for aside in write.asides)
             context.asides = call.asides[index]
         if self.noted is not None and not self.nested:
-            context.note = partial(self.noted, write.site, forward, mask)
+            context.note = partial(self.noted, write.site, forward, forward.mask(write.positions))
         return context
+
+    def _shown(self, index: int, write: Write, forward: Forward, hidden: Stream) -> tuple[Tensor, ...]:
+        """What was read for a write, one for each row of the stream; in the prompt it may still change."""
+        call, key = forward.call, (index, hidden.shape[0], hidden.device)
+        if forward.step > 0 and key in call.shown:
+            return call.shown[key]
+        values = (call.values[index, read].to(hidden.device) for read in write.reads)
+        reads = tuple(expand_rows(value, hidden.shape[0], "contexts") for value in values)
+        if forward.step > 0 and not torch.is_grad_enabled():
+            call.shown[key] = reads
+        return reads
 
     def _aside(self, aside: Aside, site: Site, call: Call, rows: int) -> AsideTokens:
         """Activations of a text at a site: one for all rows, or one per row, padded at the end."""
@@ -232,22 +273,21 @@ class Run(Follower):
             return AsideTokens(tokens, real)
         return AsideTokens(expand_rows(tokens, rows, "prompt pairs"), expand_rows(real, rows, "prompt pairs"))
 
-    def _count(self, index: int, forward: Forward, mask: Tensor | bool) -> None:
+    def _count(self, index: int, forward: Forward) -> None:
         if forward.step > 0:
-            if self.writes[index].positions.while_decoding():
+            if self._while_decoding[index]:
                 self.on_decoded[index] = self.on_decoded.get(index, 0) + 1
                 self._matched.add(index)
-        elif isinstance(mask, Tensor):
+        else:
             # In a replay the prompt forward runs one column; the others were counted as the prefix was made.
-            self.on_prompt[index] = forward.call.prompt_mask(self.writes[index].positions).sum(-1)
-            if index not in self._matched and bool(self.on_prompt[index].any()):
+            self.on_prompt[index] = forward.call.chosen(self.writes[index].positions).counts
+            if any(self.on_prompt[index]):
                 self._matched.add(index)
 
     def counts(self) -> list[list[int]]:
         """Tokens written so far by each write, per row: those of the last prompt, plus those fed back."""
-        rows = 0 if self.forward is None else self.forward.call.layout.shape[0]
-        none = torch.zeros(rows, dtype=torch.long)
+        none = (0,) * (0 if self.forward is None else self.forward.call.layout.shape[0])
         return [
-            (self.on_prompt.get(index, none) + self.on_decoded.get(index, 0)).tolist()
+            [count + self.on_decoded.get(index, 0) for count in self.on_prompt.get(index, none)]
             for index in range(len(self.writes))
         ]

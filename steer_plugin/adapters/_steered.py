@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from steer_plugin.adapters._asides import Asides, Reader, install_asides
+from steer_plugin.adapters._compiled import unwrapped
 from steer_plugin.adapters._hooks import hooked
 from steer_plugin.adapters._parts import Framework, ModelParts
 from steer_plugin.adapters._replay import QuietCall, install_replay
@@ -141,7 +142,6 @@ class SteeredModel(ABC):
                 matched no token.
         """
         added = Intervention.of(steering)
-        self.parts.check(added)
         run = Run(self.parts, Intervention.of([*self._stack, added]), completion_tokens=completion_tokens)
         self._stack.append(added)
         try:
@@ -171,6 +171,9 @@ class SteeredModel(ABC):
             outer.paused = True
         try:
             with ExitStack() as stack:
+                run.held = True
+                if isinstance(self.model, nn.Module) and unwrapped(self.model) is not self.model:
+                    run.run_eagerly()
                 run.watch()
                 self.equip(run, plainly=plainly)
                 yield stack.enter_context(hooked(self.ends, run) if plainly else self.lowered(run))

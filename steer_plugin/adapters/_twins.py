@@ -102,8 +102,8 @@ class Twins:
         run = self.run
         positions = {write.positions for write in run.writes if not write.site.in_vision}
         positions |= {read.positions for write in run.writes if not write.late for read in write.reads}
-        touched = torch.stack([call.prompt_mask(one).any(0) for one in positions]).any(0)
-        return int(touched.int().argmax()) if bool(touched.any()) else call.width
+        chosen = [call.chosen(one) for one in positions]
+        return min((one.first for one in chosen if one.stop), default=call.width)
 
     def _can_share(self, first: int, tokens: Tensor, kwargs: Kwargs) -> bool:
         """Whether the columns before the first written one can run apart, into the given cache."""

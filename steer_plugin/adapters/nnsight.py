@@ -94,19 +94,19 @@ class NNsightLowering(SteeredModel):
 
     # -- lowering ------------------------------------------------------------------------------------------------
 
-    def once(self, run: Run, sites: Sequence[Site]) -> None:
+    def once(self, run: Run, places: Sequence[tuple[Site, Any, str]]) -> None:
         """Read and assign sites of one forward; runs inside an nnsight block."""
-        for site in sites:
-            path, end = self.parts.point(site)
-            envoy = self.envoy.get(path)
+        for site, envoy, end in places:
             if end == "input":
                 envoy.input = run.at(site, envoy.input)
-                continue
-            output = envoy.output
-            if isinstance(output, tuple):
+            elif isinstance(output := envoy.output, tuple):
                 envoy.output = (run.at(site, output[0]), *output[1:])
             else:
                 envoy.output = run.at(site, output)
+
+    def places(self, run: Run) -> list[tuple[Site, Any, str]]:
+        """Envoy and end of each site, in order of execution; looked up once, not at every token."""
+        return [(site, self.envoy.get(path), end) for site in run.sites for path, end in [self.parts.point(site)]]
 
     def every_forward(self, run: Run, steps: Iterations) -> None:
         """Do `once` for each forward of a generation.
@@ -114,16 +114,16 @@ class NNsightLowering(SteeredModel):
         nnsight ends an open `tracer.iter[:]` loop by throwing OutOfOrderError into it; caught here after the first
         forward it means just that, and the warning about it is not repeated at every call.
         """
-        sites = run.sites
+        places = self.places(run)
         first = True
         try:
             for _ in steps[:]:
-                self.once(run, sites)
+                self.once(run, places)
                 if first:
                     # Pictures are encoded once: later steps have no vision sites to wait for.
-                    sites = [site for site in sites if not site.in_vision]
+                    places = [place for place in places if not place[0].in_vision]
                     first = False
-                if not sites:
+                if not places:
                     return
         except OutOfOrderError:
             if first:
@@ -172,7 +172,7 @@ class NNsightLowering(SteeredModel):
         run = self.one_pass(steering, single_forward=tracer is None)
         self.follow(run)
         if tracer is None:
-            self.once(run, run.sites)
+            self.once(run, self.places(run))
         else:
             self.every_forward(run, cast("InterleavingTracer", tracer).iter)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from steer_plugin.adapters._attached import AttachedModel
+from steer_plugin.adapters._compiled import unwrapped
 from steer_plugin.adapters._hooks import hooked
 from steer_plugin.adapters._parts import Framework
 from steer_plugin.adapters._run import Run
@@ -47,9 +48,10 @@ class TorchAttached(HookedAttached):
     """A plain Hugging Face vision-language model."""
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
-        base = getattr(model, "get_base_model", None)
-        inner = base() if callable(base) else model
-        super().__init__(model, inner if isinstance(inner, nn.Module) else model, processor)
+        plain = unwrapped(model)
+        base = getattr(plain, "get_base_model", None)
+        inner = base() if callable(base) else plain
+        super().__init__(model, inner if isinstance(inner, nn.Module) else plain, processor)
 
     def _generate(self, steered: Any, inputs: Mapping[str, Any]) -> Tensor:
         return steered.generate(**inputs)

@@ -200,12 +200,6 @@ def test_feeding_a_cache_by_hand_is_decoding(vlm, plain, inputs):
     assert torch.equal(got, wanted)
 
 
-def test_static_caches(vlm, inputs):
-    with pytest.raises(Exception, match=r"static KV caches.*cache_implementation") as caught:
-        vlm.generate(**inputs, steering=STEERING, max_new_tokens=2, cache_implementation="static")
-    assert isinstance(caught.value, sp.FrameworkError)
-
-
 def test_rows_with_other_keys(torch_vlm, inputs):
     first = single_row(inputs, 0)
     with pytest.raises(sp.InputError, match=r"row 1.*pixel_values"):
