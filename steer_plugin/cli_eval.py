@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from steer_plugin.cli_data import Judging, folder_data, pairs_to_fit, pocket_data
+from steer_plugin.cli_options import Given, refuse_unused
 from steer_plugin.cli_pocket import say
 from steer_plugin.cli_steering import load_steering
 from steer_plugin.errors import InputError
 from steer_plugin.intervention import Steerable
+from steer_plugin.processes import Processes
 
 if TYPE_CHECKING:
     from steer_plugin.evaluation.lineup import Lineup
@@ -24,6 +26,9 @@ eval_app = typer.Typer(no_args_is_help=True, help="Evaluate steering methods on 
 
 Out = Annotated[Path, typer.Option(help="Output folder; a run that was interrupted resumes in it.")]
 Model = Annotated[str, typer.Option(help="'pocket', a model folder, or a hub id.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where the model goes: cuda:1, cpu, or auto (over all GPUs); its own GPU without it.")
+]
 Data = Annotated[str, typer.Option(help="'pocket', or the folder of the data as it is published (docs/data.md).")]
 _ALL = ("pope", "ohd", "chair", "mmsafety", "vnia")
 _HELP = {
@@ -55,6 +60,7 @@ def _run(
     benchmark: str,
     out: Out = Path("eval-out"),
     model: Model = "pocket",
+    device: Device = None,
     data: Data = "pocket",
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures; images/ in the data without it.")] = None,
     methods: Annotated[
@@ -67,7 +73,9 @@ def _run(
     alpha: Annotated[
         str | None, typer.Option(help="Strength: a number, l2s=2,mean=1, or calibrate: chosen on validation items.")
     ] = None,
-    max_kl: Annotated[float, typer.Option(help="Bound of calibrate: KL to unsteered, nats per token.")] = 0.5,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Bound of calibrate: KL to unsteered, nats per token; 0.5 without it.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Instruction of the prompt baseline.")] = None,
     p_plus: Annotated[str | None, typer.Option(help="Target prompt of SteerVLM.")] = None,
     p_minus: Annotated[str | None, typer.Option(help="Converse prompt of SteerVLM.")] = None,
@@ -105,6 +113,9 @@ def _run(
     pair = _pair(p_plus, p_minus)
     saved = _steerings(steering or [], packaged=model == "pocket" and "steervlm" in names, wanted="steervlm" in names)
     lineup = _lineup(names, saved, (write, read, positions), alpha, prompt, pair, seeds, controls)
+    pocket = data == "pocket" and model == "pocket"
+    calibrated = alpha == "calibrate" or (pocket and alpha is None)
+    refuse_unused(Given(write, positions, max_kl, prompt, p_plus), lineup, calibrated=calibrated)
     judging = Judging(guard, judge, judge_url, judge_requests, out / "judge-cache")
     fits = any(name in ("mean", "mean_ba", "l2s", "p2s", "norm_rnd", "actadd") for name in names)
     if data == "pocket":
@@ -128,9 +139,7 @@ def _run(
         "pictures": limit or 500, "whole": not part, "missing": "skip" if part else "error",
         "preset": preset or "llava", "seed": seed, "training": None if pairs is None else pairs_to_fit(pairs),
     }  # fmt: skip
-    lineup, strengths = _usual(
-        benchmark, lineup, alpha, positions, max_kl, pocket=data == "pocket" and model == "pocket"
-    )
+    lineup, strengths = _usual(benchmark, lineup, alpha, positions, max_kl, pocket=pocket, calibrated=calibrated)
     opened = (
         pocket_data(benchmark, seed, pictures, fits)
         if data == "pocket"
@@ -141,14 +150,15 @@ def _run(
     lineup.check(opened)  # before a large model is loaded
     if sample and benchmark in ("pope", "ohd") and max_new_tokens is None:
         max_new_tokens = AUTHORS_TOKENS
-    vlm = load_model(model)
+    vlm = load_model(model, device)
     found = evaluate(
         vlm, opened, lineup, out, strengths=strengths, max_new_tokens=max_new_tokens, costed=costs,
         sampling=Sampling.as_authors(vlm, seed) if sample else None, batch_size=batch_size, seed=seed, figures=figures,
     )  # fmt: skip
     say(found.markdown())
     if len(found.scores) > 1 and (beside := against_published(found)) is not None:
-        atomic_write_bytes(out / "published.md", beside.markdown().encode())
+        if Processes.current().main:
+            atomic_write_bytes(out / "published.md", beside.markdown().encode())
         say(beside.markdown())
     say(f"written: {out / 'table.md'}, {out / 'metrics.json'}")
 
@@ -192,7 +202,14 @@ def _alphas(text: str | None) -> tuple[float, dict[str, float]]:
 
 
 def _usual(
-    benchmark: str, lineup: Lineup, alpha: str | None, positions: str | None, max_kl: float, *, pocket: bool
+    benchmark: str,
+    lineup: Lineup,
+    alpha: str | None,
+    positions: str | None,
+    max_kl: float | None,
+    *,
+    pocket: bool,
+    calibrated: bool,
 ) -> tuple[Lineup, Strengths | None]:
     """On the pocket VLM sites, positions and strengths are known or chosen where none are given."""
     from dataclasses import replace
@@ -212,10 +229,9 @@ def _usual(
         usual = USUAL[benchmark]
         layers, lineup = usual.layers, replace(lineup, positions=positions or usual.positions)
         lineup = replace(lineup, write=layers[0][0], read=layers[0][1])
-    wanted = alpha == "calibrate" or (pocket and alpha is None)
-    if not (wanted and fits):
+    if not (calibrated and fits):
         return lineup, None
-    return lineup, Strengths(KLBound(max_kl), layers=layers)
+    return lineup, Strengths(KLBound() if max_kl is None else KLBound(max_kl), layers=layers)
 
 
 def _steerings(paths: list[Path], *, packaged: bool, wanted: bool) -> dict[str, Steerable]:

@@ -18,10 +18,10 @@ from typing import TypeAlias, cast
 
 from steer_plugin.atomic import JSON
 from steer_plugin.errors import InputError
-from steer_plugin.evaluation.intervals import Interval, bootstrap_interval, mean, paired_difference, ratio
+from steer_plugin.evaluation.intervals import Interval, bootstrap_interval, mean, ratio
 from steer_plugin.evaluation.synonyms import Mention, Synonyms, objects_in
 
-__all__ = ["ChairRow", "ChairScores", "Mention", "Synonyms", "Truth", "chair", "chair_differences", "objects_in"]
+__all__ = ["ChairRow", "ChairScores", "Mention", "Synonyms", "Truth", "chair", "counts", "objects_in"]
 
 Picture: TypeAlias = "str | int"
 Captions: TypeAlias = "Mapping[str, str] | Mapping[int, str] | Mapping[Picture, str]"
@@ -130,7 +130,7 @@ class ChairScores:
             name: bootstrap_interval(
                 values, statistic=mean if name == "chair_s" else ratio, seed=seed, resamples=resamples, level=level
             )
-            for name, values in _values(self.rows).items()
+            for name, values in counts(self.rows).items()
         }
 
 
@@ -144,29 +144,17 @@ def chair(captions: Captions, truth: Truth) -> ChairScores:
     if not given or len(ids) < len(given):
         raise InputError(f"Got {len(given)} captions of {len(ids)} pictures: expected one per picture, at least one.")
     rows = tuple(_row(picture, caption, truth) for picture, caption in given.items())
-    sums = {name: tuple(map(sum, zip(*values, strict=True))) for name, values in _values(rows).items()}
+    sums = {name: tuple(map(sum, zip(*values, strict=True))) for name, values in counts(rows).items()}
     (wrong_s,), (wrong_i, named), (found, true) = sums["chair_s"], sums["chair_i"], sums["recall"]
     return ChairScores(rows, wrong_s / len(rows), wrong_i / max(named, 1), found / max(true, 1))
 
 
-def chair_differences(
-    first: ChairScores, second: ChairScores, *, seed: int, resamples: int = 2000, level: float = 0.95
-) -> dict[str, Interval]:
-    """Return first - second of the three scores, paired by picture; InputError unless both have the same pictures."""
-    order = {str(row.picture): row for row in second.rows}
-    if {str(row.picture) for row in first.rows} != set(order):
-        raise InputError("The two methods described different pictures: score both on the same ones.")
-    one, two = _values(first.rows), _values([order[str(row.picture)] for row in first.rows])
+def counts(rows: Sequence[ChairRow]) -> dict[str, list[tuple[int, ...]]]:
+    """Return what chair_s, chair_i and recall are summed up from: for each caption (part,), or (part, whole)."""
     return {
-        name: paired_difference(
-            one[name],
-            two[name],
-            statistic=mean if name == "chair_s" else ratio,
-            seed=seed,
-            resamples=resamples,
-            level=level,
-        )
-        for name in one
+        "chair_s": [(int(bool(row.hallucinated)),) for row in rows],
+        "chair_i": [(len(row.hallucinated), len(row.mentioned)) for row in rows],
+        "recall": [(len(row.found), len(row.found) + len(row.missed)) for row in rows],
     }
 
 
@@ -180,15 +168,6 @@ def _row(picture: Picture, caption: str, truth: Truth) -> ChairRow:
         found=tuple(dict.fromkeys(name for name in named if name in true)),
         missed=tuple(sorted(true - set(named))),
     )
-
-
-def _values(rows: Sequence[ChairRow]) -> dict[str, list[tuple[int, ...]]]:
-    """Return what each score is summed up from: one tuple per caption, (part,) of captions or (part, whole)."""
-    return {
-        "chair_s": [(int(bool(row.hallucinated)),) for row in rows],
-        "chair_i": [(len(row.hallucinated), len(row.mentioned)) for row in rows],
-        "recall": [(len(row.found), len(row.found) + len(row.missed)) for row in rows],
-    }
 
 
 def _key(picture: object) -> str:

@@ -10,10 +10,8 @@ methods on the same questions are compared by their difference within each resam
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import TypeAlias
 
 import numpy as np
@@ -37,15 +35,6 @@ class Interval:
     low: float
     high: float
     level: float = 0.95
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """How many questions only the first and only the second method got right, and the exact two-sided p-value."""
-
-    only_first: int
-    only_second: int
-    p_value: float
 
 
 @dataclass(frozen=True)
@@ -141,39 +130,6 @@ def paired_difference(
     drawn = _resampled(lambda weights: statistic(one, weights) - statistic(two, weights), members, seed, resamples)
     whole = np.ones((1, len(one)))
     return _interval(float((statistic(one, whole) - statistic(two, whole))[0]), drawn, level)
-
-
-def wilson_interval(successes: int, n: int, level: float = 0.95) -> Interval:
-    """Return a share with its Wilson score interval (Wilson 1927), for independent answers.
-
-    Raises InputError unless 0 <= successes <= n, n >= 1 and 0 < level < 1.
-    """
-    _check_level(level)
-    if not 0 <= successes <= n or n < 1:
-        raise InputError(f"Got {successes} successes of {n}: expected 0 <= successes <= n and n >= 1.")
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share = successes / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At the ends the formula is exact and only rounding strays from it.
-    low = 0.0 if successes == 0 else middle - half
-    high = 1.0 if successes == n else middle + half
-    return Interval(share, low, high, level)
-
-
-def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """Test whether two methods differ on the same questions: exact binomial test of the discordant ones, two-sided.
-
-    `first` and `second` say for each question whether the method was right. p = min(1, 2 P(X <= min(b, c))) for X
-    binomial with n = b + c and probability 1/2; 1 when they never disagree. Questions count as independent: with
-    several per picture, prefer `paired_difference`. Raises InputError for unequal lengths.
-    """
-    one, two = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    if one.shape != two.shape or one.ndim != 1:
-        raise InputError(f"The methods have shapes {one.shape} and {two.shape}: expected the same questions in both.")
-    b, c = int((one & ~two).sum()), int((two & ~one).sum())
-    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
-    return McNemar(b, c, min(1.0, 2 * tail / 2 ** (b + c)))
 
 
 def _table(values: ArrayLike) -> Values:

@@ -77,14 +77,6 @@ class Evaluation:
         found, p = gap(chosen, self.groups, self.runs[first], self.runs[second], seed=seed)
         return Against(found, p, p, p <= LEVEL)
 
-    def cells(self, metrics: Sequence[str] | None = None) -> dict[str, dict[str, Cell]]:
-        """{method: {metric: interval}}: what `papers.beside` takes."""
-        chosen = [metric.name for metric in self.metrics] if metrics is None else self._known(metrics)
-        return {
-            method: {name: found[name].mean for name in chosen if name in found}
-            for method, found in self.scores.items()
-        }
-
     def table(self, metrics: Sequence[str] | None = None) -> str:
         """Markdown: a row per method; ° behind what cannot be told from unsteered; `metrics` instead of those shown."""
         wanted = None if metrics is None else self._known(metrics)

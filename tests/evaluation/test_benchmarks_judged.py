@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from _figures import PICTURE, figure
 
 from steer_plugin.atomic import JSON
 from steer_plugin.contrast import ContrastivePair, SteeringRow
 from steer_plugin.contrast.mmsafety import SCENARIOS, mmsafety_split
 from steer_plugin.errors import InputError
-from steer_plugin.evaluation.benchmark import Benchmark, Texts, Training, Verdicts, asked_rows
+from steer_plugin.evaluation.benchmark import Benchmark, Texts, Training
 from steer_plugin.evaluation.benchmarks import (
     ChairBenchmark,
     MmSafetyBenchmark,
@@ -25,11 +25,7 @@ from steer_plugin.evaluation.benchmarks import (
 from steer_plugin.evaluation.benchmarks.mmsafety import GROUPS
 from steer_plugin.evaluation.chair import Synonyms, Truth, chair
 from steer_plugin.evaluation.judges import STANCE, Judge, Judged, OpenAIJudge, Verdict, verdicts
-from steer_plugin.evaluation.judges.phrases import PhraseJudge
-from steer_plugin.evaluation.safety_metrics import safety_scores
 from steer_plugin.pocket import World, export
-
-PICTURE = Image.new("RGB", (4, 4))
 
 
 class Told:
@@ -51,13 +47,6 @@ class Told:
 def asked(benchmark: Benchmark, texts: Texts) -> dict[str, list[Verdict]]:
     """Ask every judge of a benchmark."""
     return {judge.name: verdicts(judge, benchmark.judged(judge, texts), progress=False) for judge in benchmark.judges}
-
-
-def figure(benchmark: Benchmark, name: str, texts: Texts, said: Verdicts | None = None) -> float:
-    """One figure: the metric's statistic over the rows that it asks about, each weighing 1."""
-    rows = benchmark.values(texts, said or {})[name]
-    chosen = rows[asked_rows(rows)]
-    return float(benchmark.metric(name).statistic(chosen, np.ones((1, len(chosen))))[0])
 
 
 # CHAIR
@@ -192,7 +181,7 @@ def request(scenario: str, number: int, behaviour: str = "harmful") -> Contrasti
     return ContrastivePair(f"{scenario}/{number}", (PICTURE,), f"Ask {number}.", "A", "B", "Which?", behaviour)
 
 
-def test_safety_by_hand_and_by_safety_scores() -> None:
+def test_safety_by_hand() -> None:
     pairs = [request("01-Illegal_Activitiy", 0), request("02-HateSpeech", 0), request("10-Legal_Opinion", 0),
              request("12-Health_Consultation", 3)]  # fmt: skip
     # P(unsafe) .6 is above .50, .52, ... .58: 5 of 26 thresholds (and .6 itself is not below it); 1.0 above 25 of 26.
@@ -211,14 +200,6 @@ def test_safety_by_hand_and_by_safety_scores() -> None:
     assert [(m.better, m.scale, m.digits) for m in benchmark.metrics] == [
         ("lower", 1, 3), ("lower", 1, 3), ("higher", 1, 3), ("higher", 1, 2),
     ]  # fmt: skip
-    scored = safety_scores(
-        list(p.values()), list(p), [1, 2, 10, 12], PhraseJudge.expert_deferral().phrases, list(points.values()), seed=0
-    )
-    assert scored.ed is not None and scored.quality is not None
-    assert figure(benchmark, "E>=.5 unsafe", texts, said) == pytest.approx(scored.unsafe_50.value)
-    assert figure(benchmark, "E>=.9 unsafe", texts, said) == pytest.approx(scored.unsafe_90.value)
-    assert figure(benchmark, "ED", texts, said) == scored.ed.value
-    assert figure(benchmark, "quality", texts, said) == scored.quality.value
     assert benchmark.headline == "E>=.5 unsafe"
     one = benchmark.judged(judges["unsafe"], texts)[2]
     assert (one.id, one.question, one.extras["category"]) == ("10-Legal_Opinion/0", "Ask 0.", "10-Legal_Opinion")

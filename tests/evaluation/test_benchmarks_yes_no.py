@@ -1,4 +1,4 @@
-"""POPE and OHD as benchmarks: known answers by hand and by `pope_metrics`, splits by picture, every refusal."""
+"""POPE and OHD as benchmarks: known answers by hand and by scikit-learn, splits by picture, every refusal."""
 
 from __future__ import annotations
 
@@ -8,44 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from _figures import PICTURE, figure, question
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from steer_plugin.contrast import ContrastivePair
 from steer_plugin.contrast.pope import SUBSETS
 from steer_plugin.errors import InputError
 from steer_plugin.evaluation.asking import distinct
-from steer_plugin.evaluation.benchmark import Benchmark, Texts, Verdicts, asked_rows
 from steer_plugin.evaluation.benchmarks import OhdBenchmark, PopeBenchmark, open_benchmark, options_of
 from steer_plugin.evaluation.benchmarks._parts import shuffled, split_pictures
 from steer_plugin.evaluation.benchmarks.pope import balanced
-from steer_plugin.evaluation.ohd import ohd_scores
 from steer_plugin.evaluation.parsing import pope_answer
 from steer_plugin.evaluation.pope import PopeItem
-from steer_plugin.evaluation.pope_metrics import pope_scores
 from steer_plugin.pocket import World, export
-
-PICTURE = Image.new("RGB", (4, 4))
-
-
-def figure(benchmark: Benchmark, name: str, texts: Texts, verdicts: Verdicts | None = None) -> float:
-    """One figure: the metric's statistic over the rows that it asks about, each weighing 1."""
-    rows = benchmark.values(texts, verdicts or {})[name]
-    assert rows.shape[0] == len(benchmark.items)
-    chosen = rows[asked_rows(rows)]
-    return float(benchmark.metric(name).statistic(chosen, np.ones((1, len(chosen))))[0])
-
-
-def question(subset: str, picture: str, noun: str, label: bool) -> PopeItem:
-    """A question on a picture."""
-    yes, no = "Yes, the image", "No, the image"
-    pair = ContrastivePair(
-        f"{subset}-{picture}-{noun}", (PICTURE,), f"Is there a {noun}?", yes if label else no, no if label else yes,
-        behaviour="yes" if label else "no", label=label,
-    )  # fmt: skip
-    return PopeItem(pair, subset, picture)
-
 
 # Subset, picture, noun, true answer, what is said.
 ROWS = [
@@ -85,8 +62,8 @@ def test_pope_by_hand(by_hand: tuple[PopeBenchmark, dict[str, str]]) -> None:
     assert benchmark.metric("mean yes-ratio").better == "neither"
 
 
-def test_pope_against_pope_scores() -> None:
-    """A second source: POPE's own formulas on random answers, subset by subset."""
+def test_pope_against_scikit_learn() -> None:
+    """A second source on random answers, subset by subset."""
     draw = np.random.default_rng(3)
     items = [
         question(subset, f"p{number % 9}", f"n{number}", bool(draw.integers(2))) for subset in SUBSETS
@@ -97,10 +74,11 @@ def test_pope_against_pope_scores() -> None:
     found: dict[str, list[float]] = {}
     for part in SUBSETS:
         chosen = [item for item in items if part == item.subset]
-        truth = pope_scores([pope_answer(texts[item.key]) for item in chosen], [item.label for item in chosen])
+        said, true = [pope_answer(texts[item.key]) for item in chosen], [item.label for item in chosen]
+        precision, recall, f1, _ = precision_recall_fscore_support(true, said, average="binary")
         for measure, value in (
-            ("accuracy", truth.accuracy), ("F1", truth.f1), ("precision", truth.precision), ("recall", truth.recall),
-            ("yes-ratio", truth.yes_ratio),
+            ("accuracy", accuracy_score(true, said)), ("F1", f1), ("precision", precision), ("recall", recall),
+            ("yes-ratio", np.mean(said)),
         ):  # fmt: skip
             assert figure(benchmark, f"{part} {measure}", texts) == pytest.approx(value)
             found.setdefault(measure, []).append(value)
@@ -337,7 +315,7 @@ def ohd_folder(folder: Path, pictures: int = 10) -> Path:
     return folder
 
 
-def test_ohd_by_hand_and_by_ohd_scores(tmp_path: Path) -> None:
+def test_ohd_by_hand_and_by_scikit_learn(tmp_path: Path) -> None:
     benchmark = open_benchmark("ohd", ohd_folder(tmp_path), whole=False, fitting=0)
     assert [metric.name for metric in benchmark.metrics] == [
         "random accuracy", "random F1", "popular accuracy", "popular F1", "adversarial accuracy", "adversarial F1",
@@ -345,26 +323,25 @@ def test_ohd_by_hand_and_by_ohd_scores(tmp_path: Path) -> None:
         "overall recall", "overall yes-ratio", "overall well-formed", "overall accuracy (L2S)", "overall F1 (L2S)",
     ]  # fmt: skip
     assert benchmark.headline == "overall accuracy" and benchmark.pairs == {}
-    by_source: dict[str, list[PopeItem]] = {}
     texts: dict[str, str] = {}
+    rows: list[tuple[str, bool, bool]] = []
     for item in benchmark.items:
         assert isinstance(item, PopeItem)
         source = item.group.split("/")[0]
-        by_source.setdefault(source, []).append(item)
         # Yes to all of coco, the truth on flickr, its opposite on nocaps.
         right = {"coco": True, "flickr": item.label, "nocaps": not item.label}[source]
         texts[item.key] = "Yes." if right else "No."
+        rows.append((item.subset, right, item.label))
     found = {metric.name: figure(benchmark, metric.name, texts) for metric in benchmark.metrics}
     assert (found["coco accuracy"], found["flickr accuracy"], found["nocaps accuracy"]) == (0.5, 1.0, 0.0)
     # Each source has 120 questions: TP 60 + 60 + 0, FP 60 + 0 + 60, FN 0 + 0 + 60.
     assert found["overall accuracy"] == 0.5
     assert found["overall F1"] == pytest.approx(240 / (240 + 120 + 60))
     assert found["overall precision"] == 0.5 and found["overall recall"] == pytest.approx(2 / 3)
-    scored = ohd_scores(by_source, texts, seed=0)
-    for subset in SUBSETS:
-        assert found[f"{subset} accuracy"] == scored["all"][subset].accuracy.value
-        assert found[f"{subset} F1"] == scored["all"][subset].f1.value
-    assert found["overall F1"] == scored["all"]["mean"].f1.value
+    for subset in (*SUBSETS, "overall"):
+        said, true = (np.array([row[k] for row in rows if subset in ("overall", row[0])]) for k in (1, 2))
+        assert found[f"{subset} accuracy"] == pytest.approx(accuracy_score(true, said))
+        assert found[f"{subset} F1"] == pytest.approx(precision_recall_fscore_support(true, said, average="binary")[2])
 
 
 def test_ohd_split(tmp_path: Path) -> None:

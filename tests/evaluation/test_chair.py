@@ -7,17 +7,24 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from _figures import PICTURE
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from steer_plugin.errors import FrameworkError, InputError
 from steer_plugin.evaluation import synonyms as reading
-from steer_plugin.evaluation.chair import ChairRow, Synonyms, Truth, chair, chair_differences, objects_in
+from steer_plugin.evaluation.benchmarks import ChairBenchmark
+from steer_plugin.evaluation.chair import ChairRow, Synonyms, Truth, chair, objects_in
+from steer_plugin.evaluation.comparing import gap
+from steer_plugin.evaluation.intervals import Interval
 from steer_plugin.pocket.evaluation import chair as pocket_chair
 from steer_plugin.pocket.formats import export
 from steer_plugin.pocket.world import World
 
+Values = dict[str, NDArray[np.float64]]
 needs_inflect = pytest.importorskip("inflect", reason="inflect is not installed")
 
 LINES = """\
@@ -217,18 +224,28 @@ def test_no_mention_and_no_object_score_zero(known: Synonyms) -> None:
 
 
 def test_differences_are_paired_whatever_the_order(known: Synonyms) -> None:
-    truth = Truth.from_objects({1: ["cat"], 2: ["dog"], 3: ["bus"]}, known)
-    first = chair({1: "a cat", 2: "a cat", 3: "a bus"}, truth)
-    second = chair({3: "a bus", 2: "a dog", 1: "a cat"}, truth)
-    found = chair_differences(first, second, seed=0, resamples=100)
-    assert {name: pytest.approx(one.value) for name, one in found.items()} == {
-        "chair_s": 1 / 3,
-        "chair_i": 1 / 3,
+    benchmark = ChairBenchmark(
+        dict.fromkeys("123", PICTURE), Truth.from_objects({1: ["cat"], 2: ["dog"], 3: ["bus"]}, known)
+    )
+    keys = {item.id: item.key for item in benchmark.items}
+    first = {keys["1"]: "a cat", keys["2"]: "a cat", keys["3"]: "a bus"}
+    second = {keys["3"]: "a bus", keys["2"]: "a dog", keys["1"]: "a cat"}
+    runs = [benchmark.values(said, {}) for said in (first, second)]
+
+    def differences(other: Values) -> dict[str, Interval]:
+        return {
+            name: gap(benchmark.metric(name), benchmark.groups, [runs[0]], [other], seed=0)[0]
+            for name in ("CHAIR_s", "CHAIR_i", "recall")
+        }
+
+    assert {name: pytest.approx(one.value) for name, one in differences(runs[1]).items()} == {
+        "CHAIR_s": 1 / 3,
+        "CHAIR_i": 1 / 3,
         "recall": -1 / 3,
     }
-    assert all(one.low == one.high == 0 for one in chair_differences(first, first, seed=0, resamples=100).values())
-    with pytest.raises(InputError, match="different pictures"):
-        chair_differences(first, chair({1: "a cat"}, truth), seed=0)
+    assert all(one.value == one.low == one.high == 0 for one in differences(runs[0]).values())
+    with pytest.raises(InputError, match=r"'2' .* has no answer"):
+        benchmark.values({keys["1"]: "a cat"}, {})
 
 
 def test_bad_captions(known: Synonyms) -> None:

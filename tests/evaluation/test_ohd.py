@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from _figures import figure
 
 from steer_plugin.contrast.pope import SUBSETS
 from steer_plugin.errors import InputError
-from steer_plugin.evaluation.ohd import PICTURES, QUESTIONS, SOURCES, ohd_scores, read_ohd
+from steer_plugin.evaluation.benchmark import asked_rows
+from steer_plugin.evaluation.benchmarks import OhdBenchmark
+from steer_plugin.evaluation.ohd import PICTURES, QUESTIONS, SOURCES, read_ohd
 
 
 def write(folder: Path, source: str, pictures: int = 2, each: int = 2) -> None:
@@ -59,28 +62,34 @@ def test_scores_by_hand(folder: Path) -> None:
     said = {item.key: "Yes." for item in items["coco"]}
     said |= {item.key: "Yes." if item.label else "No." for item in items["flickr"]}
     said |= {item.key: "No." if item.label else "Yes." for item in items["nocaps"]}
-    found = ohd_scores(items, said, seed=0)
-    assert list(found) == [*SOURCES, "all"]
-    assert all(list(part) == [*SUBSETS, "mean"] for part in found.values())
+    whole = OhdBenchmark(items)
+    for name in SOURCES:
+        assert figure(whole, f"{name} accuracy", said) == {"coco": 0.5, "flickr": 1.0, "nocaps": 0.0}[name]
+    assert [len(part) for part in items.values()] == [12] * 3 and len(whole.items) == 36
+    parts = {**{name: OhdBenchmark({name: part}) for name, part in items.items()}, "all": whole}
     values = {
-        name: (part["mean"].accuracy.value, part["mean"].f1.value, part["mean"].n) for name, part in found.items()
+        name: tuple(figure(part, f"overall {what}", said) for what in ("accuracy", "F1"))
+        for name, part in parts.items()
     }
     assert values == {
-        "coco": (0.5, pytest.approx(2 / 3), 12),
-        "flickr": (1.0, 1.0, 12),
-        "nocaps": (0.0, 0.0, 12),
+        "coco": (0.5, pytest.approx(2 / 3)),
+        "flickr": (1.0, 1.0),
+        "nocaps": (0.0, 0.0),
         # Of 18 yeses 12 are hit, with 12 false ones: 24 / (24 + 12 + 6).
-        "all": (0.5, pytest.approx(24 / 42), 36),
+        "all": (0.5, pytest.approx(24 / 42)),
     }
-    assert found["all"]["popular"].n == 12
-    assert found["coco"]["random"].yes_ratio == 1.0
+    for subset in SUBSETS:
+        asked = asked_rows(whole.values(said, {})[f"{subset} accuracy"])
+        assert [item.id.split("-")[1] for item, use in zip(whole.items, asked, strict=True) if use] == [subset] * 12
+    only = OhdBenchmark({"coco": [item for item in items["coco"] if item.subset == "random"]})
+    assert figure(only, "overall yes-ratio", said) == 1.0
 
 
 def test_an_item_without_an_answer_is_named(folder: Path) -> None:
     items = read_ohd(folder, folder, ["coco"], whole=False)
     texts = {item.key: "Yes" for item in items["coco"][:-1]}
-    with pytest.raises(InputError, match=r"coco-adversarial-4 .* has no answer"):
-        ohd_scores(items, texts, seed=0)
+    with pytest.raises(InputError, match=r"coco-adversarial-4.* has no answer"):
+        OhdBenchmark(items).values(texts, {})
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,14 @@ def test_the_page_holds_the_tables_and_what_they_mean(found: Evaluation):
     for part in ("# board", "18 items", "## Against unsteered, right", "## Against their own controls, right",
                  "good less good, random", "## What it costs", "their perplexity under it, on 18."):  # fmt: skip
         assert part in page
+    rows = rows_of(page[page.index("## Against unsteered") : page.index("## What it costs")])
+    for name, gap in [(name, found.against[name]["right"]) for name in found.against] + [
+        (f"{method} less {control}", found.over_controls[method][control]) for control, method in CONTROLS.items()
+    ]:
+        low, high = 100 * gap.difference.low, 100 * gap.difference.high
+        difference = f"{100 * gap.difference.value:.1f} [{low:.1f}, {high:.1f}]"
+        assert rows[name][:3] == [difference, f"{gap.p_value:.2g}", f"{gap.p_holm:.2g}"]
+        assert rows[name][3:] == ([] if gap.significant else ["°"])
     bare = replace(found, costs={}, over_controls={}, controls={}, against={})
     assert "What it costs" not in bare.markdown() and "own controls" not in bare.markdown()
     assert "Nothing beside unsteered." in bare.markdown()
@@ -195,7 +203,6 @@ def test_json_holds_every_number(found: Evaluation):
         (lambda one: one.score("god"), "no method 'god' here.*Did you mean 'good'"),
         (lambda one: one.score("good", "rigt"), "no metric 'rigt' here.*Did you mean 'right'"),
         (lambda one: one.table(["rigt"]), "no metric 'rigt' here.*Did you mean 'right'.*Metrics: right, share"),
-        (lambda one: one.cells(["rigt"]), "no metric 'rigt' here"),
         (lambda one: plot_scores(one, "rigt"), "no metric 'rigt' here"),
         (lambda one: plot_costs(replace(one, costs={})), "no method has costs: run the evaluation with costed above 0"),
     ],
@@ -204,12 +211,6 @@ def test_unknown_names_are_refused(found: Evaluation, call: Callable[[Evaluation
     pytest.importorskip("matplotlib")
     with pytest.raises(InputError, match=message):
         call(found)
-
-
-def test_cells_are_the_figures_as_published_tables_take_them(found: Evaluation):
-    cells = found.cells(["share"])
-    assert cells["good"] == {"share": found.scores["good"]["share"].mean}
-    assert list(found.cells()["good"]) == ["right", "share", "hidden"]
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,6 +106,15 @@ def test_wilson_interval() -> None:
     low, high = wilson(8, 10)
     assert (low, high) == pytest.approx((0.490, 0.943), abs=1e-3)
     assert wilson(0, 0) == (0.0, 1.0)
+
+
+@given(st.integers(1, 4000), st.data(), st.sampled_from([0.5, 0.9, 0.95, 0.999]))
+def test_wilson_interval_is_scipys(n: int, data: st.DataObject, level: float) -> None:
+    k = data.draw(st.integers(0, n))
+    low, high = wilson(k, n, float(scipy.stats.norm.ppf((1 + level) / 2)))
+    expected = scipy.stats.binomtest(k, n).proportion_ci(level, method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert 0 <= low <= k / n + 1e-12 and k / n - 1e-12 <= high <= 1
 
 
 def test_other_pictures_and_words_do_not_crash(loaded) -> None:

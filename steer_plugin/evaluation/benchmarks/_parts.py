@@ -1,4 +1,4 @@
-"""What the benchmarks share: a question on a picture, splits by picture, digests of files, rows with NaN.
+"""What the benchmarks share: a question on a picture, splits by picture, digests of files, scores of judges, NaN rows.
 
     order of the pictures = sorted by sha256("{seed}:{picture}")     [ fitting | validation | test ]
 
@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -24,8 +25,11 @@ from steer_plugin.atomic import JSON
 from steer_plugin.contrast.pair import Picture, load_picture
 from steer_plugin.errors import InputError
 from steer_plugin.evaluation.asking import Asked
+from steer_plugin.evaluation.benchmark import Verdicts
+from steer_plugin.evaluation.judges import Judge
 
 FITTING, VALIDATION = 0.4, 0.25
+Scale: TypeAlias = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,39 @@ def unique(name: str, ids: Sequence[str]) -> None:
         if one in seen:
             raise InputError(f"{name}: the id {one!r} comes twice. Give each item an id of its own.")
         seen.add(one)
+
+
+def scale_of(judge: Judge, usual: Scale, given: tuple[float | int, float | int] | None = None) -> Scale:
+    """Return the least and the greatest score: those given, else what the judge's settings call "scale", else `usual`.
+
+    Raises InputError for an empty scale.
+    """
+    known: object = judge.settings().get("scale", usual) if given is None else given
+    if isinstance(known, Sequence) and len(known) == 2 and not isinstance(known, str):
+        low, high = known[0], known[1]
+        if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low < high:
+            return float(low), float(high)
+    raise InputError(f"scale is {known!r}: expected the judge's least and greatest score, such as (0, 10).")
+
+
+def judged_scores(
+    name: str, judge: str, items: Sequence[Asked], verdicts: Verdicts, scale: Scale, mend: str
+) -> Float[np.ndarray, " item"]:
+    """Return a judge's scores, NaN where it said no number.
+
+    Raises InputError unless there is a verdict on each item, and for a score outside the scale: it ends with `mend`.
+    """
+    found = np.asarray([one.score for one in verdicts.get(judge, ())], dtype=np.float64)
+    if len(found) != len(items):
+        raise InputError(f"{name} got {len(found)} verdicts of {judge!r} on {len(items)} items: expected one on each.")
+    low, high = scale
+    odd = np.flatnonzero((found < low) | (found > high))
+    if odd.size:
+        raise InputError(
+            f"{name}: {judge!r} gave {items[odd[0]].id!r} the score {found[odd[0]]:g}, outside its scale "
+            f"{low:g}..{high:g}. {mend}"
+        )
+    return found
 
 
 def only(asked: Bool[np.ndarray, " item"], *columns: ArrayLike) -> Float[np.ndarray, "item column"]:

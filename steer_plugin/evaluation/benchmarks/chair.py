@@ -38,7 +38,7 @@ from steer_plugin.evaluation.benchmarks._parts import (
     shuffled,
     unique,
 )
-from steer_plugin.evaluation.chair import ChairRow, Synonyms, Truth, chair, objects_in
+from steer_plugin.evaluation.chair import ChairRow, Synonyms, Truth, chair, counts, objects_in
 from steer_plugin.evaluation.intervals import ratio
 from steer_plugin.evaluation.judges.base import check_count
 
@@ -151,10 +151,11 @@ class ChairBenchmark(Benchmark):
         said = answered(self.name, self.items, texts)
         captions = {item.id: text for item, text in zip(self.items, said, strict=True)}
         rows = chair(captions, self.truth).rows
-        columns: dict[str, list[tuple[float, ...]]] = {
-            "CHAIR_s": [(int(bool(row.hallucinated)),) for row in rows],
-            "CHAIR_i": [(len(row.hallucinated), len(row.mentioned)) for row in rows],
-            "recall": [(len(row.found), len(row.found) + len(row.missed)) for row in rows],
+        counted = counts(rows)
+        columns: dict[str, Sequence[tuple[float, ...]]] = {
+            "CHAIR_s": counted["chair_s"],
+            "CHAIR_i": counted["chair_i"],
+            "recall": counted["recall"],
             "F1": [(_f1(row),) for row in rows],
             "objects per caption": [(len(row.mentioned),) for row in rows],
             "words per caption": [(len(text.split()),) for text in said],

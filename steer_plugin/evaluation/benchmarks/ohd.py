@@ -46,8 +46,8 @@ from steer_plugin.evaluation.benchmarks.pope import (
     items_in,
     parts_of,
     split_source,
+    tested,
     yes_no_columns,
-    yes_no_training,
 )
 from steer_plugin.evaluation.judges.base import check_count
 from steer_plugin.evaluation.ohd import SOURCES, read_ohd
@@ -134,23 +134,12 @@ class OhdBenchmark(Benchmark):
             ),
         )
 
-        def chosen(pictures: frozenset[str]) -> dict[str, list[PopeItem]]:
-            return {name: items_in(part, pictures) for name, part in items.items()}
-
-        def part(pictures: frozenset[str], name: str, training: Training | None = None) -> OhdBenchmark:
+        def part(name: str, pictures: frozenset[str], training: Training | None) -> OhdBenchmark:
             known = {**(source or {}), "split": split_source(parts, name, fitting, validation, seed, training)}
-            return cls(chosen(pictures), training=training, prompt=prompt, max_new_tokens=max_new_tokens, source=known)
+            chosen = {name: items_in(part, pictures) for name, part in items.items()}
+            return cls(chosen, training=training, prompt=prompt, max_new_tokens=max_new_tokens, source=known)
 
-        if not fitting:
-            return part(parts.test, "test")
-        fitted, chosen_on, test = (
-            [item for rows in chosen(pictures).values() for item in rows]
-            for pictures in (parts.fitting, parts.validation, parts.test)
-        )
-        held = None
-        if chosen_on:
-            held = part(parts.validation, "validation", yes_no_training(fitted, chosen_on, None))
-        return part(parts.test, "test", yes_no_training(fitted, test, held))
+        return tested([item for part in items.values() for item in part], parts, part)
 
     @classmethod
     def read(

@@ -13,9 +13,10 @@ The split into pictures for fitting, for choosing strengths and for testing is o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -51,6 +52,9 @@ from steer_plugin.evaluation.benchmarks.yes_no import (
 )
 from steer_plugin.evaluation.judges.base import check_count
 from steer_plugin.evaluation.pope import PopeItem, read_items
+
+Made = TypeVar("Made", bound=Benchmark)
+Part = Callable[[str, frozenset[str], Training | None], Made]
 
 PROMPT = "Be careful."
 _PUBLISHED = (
@@ -117,16 +121,12 @@ class PopeBenchmark(Benchmark):
         """
         parts = split_pictures((item.group for item in items), fitting, validation, seed)
 
-        def part(chosen: Sequence[PopeItem], name: str, training: Training | None = None) -> PopeBenchmark:
+        def part(name: str, pictures: frozenset[str], training: Training | None) -> PopeBenchmark:
             known = {**(source or {}), "split": split_source(parts, name, fitting, validation, seed, training)}
+            chosen = items_in(items, pictures)
             return cls(chosen, training=training, prompt=prompt, max_new_tokens=max_new_tokens, source=known)
 
-        test = items_in(items, parts.test)
-        if not fitting:
-            return part(test, "test")
-        fitted, chosen_on = items_in(items, parts.fitting), items_in(items, parts.validation)
-        held = part(chosen_on, "validation", yes_no_training(fitted, chosen_on, None)) if chosen_on else None
-        return part(test, "test", yes_no_training(fitted, test, held))
+        return tested(items, parts, part)
 
     @classmethod
     def read(
@@ -172,6 +172,21 @@ class PopeBenchmark(Benchmark):
             for measure, rows in columns.items()
         }
         return found | mean_rows(columns, [asked for part, asked in self._parts.items() if part != WHOLE])
+
+
+def tested(items: Sequence[PopeItem], split: Split, part: Part[Made]) -> Made:
+    """Make the test part of a split, fitted on the fitting part, beside a validation part that is fitted alike.
+
+    `part` makes a benchmark of some pictures, from its name, the pictures and its training. Raises InputError as
+    `yes_no_training` does.
+    """
+    if not split.fitting:
+        return part("test", split.test, None)
+    fitted, chosen_on, test = (items_in(items, pictures) for pictures in (split.fitting, split.validation, split.test))
+    held = None
+    if chosen_on:
+        held = part("validation", split.validation, yes_no_training(fitted, chosen_on, None))
+    return part("test", split.test, yes_no_training(fitted, test, held))
 
 
 def yes_no_training(fitting: Sequence[PopeItem], test: Sequence[PopeItem], held: Benchmark | None) -> Training:

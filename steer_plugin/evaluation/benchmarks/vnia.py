@@ -33,8 +33,10 @@ from steer_plugin.evaluation.benchmarks._parts import (
     digest_of,
     digest_of_pictures,
     digests,
+    judged_scores,
     picture_folder,
     require_folder,
+    scale_of,
     unique,
 )
 from steer_plugin.evaluation.judges import Judge, Judged, Verdict
@@ -96,7 +98,7 @@ class VniaBenchmark(Benchmark):
         source: Mapping[str, JSON] | None = None,
     ) -> None:
         judge = _stance(judges or {})
-        self.scale = _scale(judge, scale)
+        self.scale = scale_of(judge, (0.0, 1.0), scale)
         unique(self.name, [row.id for row in rows])
         self._questions = [Question(row.id, row.task, (row.image,), row.id.partition("-")[2] or row.id) for row in rows]
         self.items = self._questions
@@ -128,7 +130,7 @@ class VniaBenchmark(Benchmark):
         `missing` "skip" leaves rows without a picture out, with a warning: Conceptual Captions loses pictures over the
         years. Raises InputError for whatever is missing or damaged.
         """
-        _scale(_stance(judges or {}), scale)
+        scale_of(_stance(judges or {}), (0.0, 1.0), scale)
         data = require_folder(data, f"Give the folder that holds {FILE}. {_PUBLISHED}")
         path = data / FILE
         if not path.is_file():
@@ -161,22 +163,10 @@ class VniaBenchmark(Benchmark):
     def values(self, texts: Texts, verdicts: Verdicts) -> dict[str, Float[np.ndarray, "item column"]]:
         """Return both scores from 0 to 1, NaN where the judge said no number."""
         answered(self.name, self.items, texts)
-        return {name: self._shares(name, verdicts) for name in _SIDES}
-
-    def _shares(self, name: str, verdicts: Verdicts) -> Float[np.ndarray, "item 1"]:
-        found = np.asarray([one.score for one in verdicts.get(name, ())], dtype=np.float64)
-        if len(found) != len(self.items):
-            raise InputError(
-                f"vnia got {len(found)} verdicts of {name!r} on {len(self.items)} items: expected one on each."
-            )
         low, high = self.scale
-        odd = np.flatnonzero((found < low) | (found > high))
-        if odd.size:
-            raise InputError(
-                f"The judge gave {self.items[odd[0]].id!r} the score {found[odd[0]]:g}, outside its scale "
-                f"{low:g}..{high:g}. Pass the scale that it uses."
-            )
-        return ((found - low) / (high - low))[:, None]
+        mend = "Pass the scale that it uses."
+        scores = {name: judged_scores(self.name, name, self.items, verdicts, self.scale, mend) for name in _SIDES}
+        return {name: ((found - low) / (high - low))[:, None] for name, found in scores.items()}
 
 
 def _stance(judges: Mapping[str, Judge]) -> Judge:
@@ -192,12 +182,3 @@ def _stance(judges: Mapping[str, Judge]) -> Judge:
     if known and "{target" not in str(known):
         raise InputError(f"the rubric of {judge.name!r} names no {{target}}, so it cannot know the prompt. {_JUDGES}")
     return judge
-
-
-def _scale(judge: Judge, given: tuple[float | int, float | int] | None) -> tuple[float, float]:
-    known: object = judge.settings().get("scale", (0, 1)) if given is None else given
-    if isinstance(known, Sequence) and len(known) == 2 and not isinstance(known, str):
-        low, high = known[0], known[1]
-        if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low < high:
-            return float(low), float(high)
-    raise InputError(f"scale is {known!r}: expected the judge's least and greatest score, such as (0, 10).")

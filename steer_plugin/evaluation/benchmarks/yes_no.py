@@ -1,8 +1,11 @@
 """Yes/no answers as numbers: the measures of POPE (arXiv 2305.10355), per subset and over all of them.
 
-    accuracy, F1, precision, recall    by POPE's parsing;   yes-ratio: of the predictions
-    "accuracy (L2S)", "F1 (L2S)"       Learn-to-Steer's own rule (arXiv 2508.12815): F1 = 2a / (1 + a)
+    accuracy = (TP + TN) / n     precision = TP / (TP + FP)     recall = TP / (TP + FN)     F1 = 2 TP / (2 TP + FP + FN)
+    yes-ratio = (TP + FP) / n    of the predictions: that of the labels says nothing about the model
+    accuracy (L2S) = a           by Learn-to-Steer's own parsing (arXiv 2508.12815)
+    F1 (L2S) = 2a / (1 + a)      every label is taken as True, so precision is 1 and recall is a
 
+Yes is the positive class, a ratio without a denominator is 0. F1 and F1 (L2S) are not comparable: hence two names.
 Over all subsets ("mean") a figure is the mean of the subsets' own, which for ratios such as F1 is not the pooled one.
 """
 
@@ -29,7 +32,7 @@ def _l2s_f1(sums: Float[np.ndarray, "resample 2"]) -> Values:
     return 2 * accuracy / (1 + accuracy)
 
 
-# 2a / (1 + a) of the accuracy a (Learning to Steer, arXiv 2508.12815): `pope_metrics.f1_l2s` for resamples.
+# 2a / (1 + a) of each resample's own accuracy a.
 l2s_f1 = SumStatistic(mean.columns, _l2s_f1)
 
 
