@@ -9,6 +9,7 @@ from steer_plugin import pocket as pocket
 from steer_plugin.activations import Activations
 from steer_plugin.adapters import AttachedModel, CheckReport, attach
 from steer_plugin.context import Aside, Context, Read
+from steer_plugin.contrast.prompt import Prompt
 from steer_plugin.contrast.rows import SteeringRow
 from steer_plugin.errors import (
     ArtefactError,
@@ -100,6 +101,7 @@ __all__ = [
     "NormRandom",
     "PositionError",
     "Positions",
+    "Prompt",
     "QualityBound",
     "Read",
     "Record",

@@ -1,4 +1,4 @@
-"""`steer-plugin`: check, demo, extract, fit, train, steer, eval, reproduce, experiments, pocket; thin over Python."""
+"""`steer-plugin`: demo, check, extract, collect, store, fit, train, steer, eval, reproduce, experiments, pocket."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from steer_plugin.cli_bulk import collect, extract
 from steer_plugin.cli_check import check
 from steer_plugin.cli_eval import eval_app
 from steer_plugin.cli_pocket import pocket_app, say
 from steer_plugin.cli_reproduce import reproduce
 from steer_plugin.cli_steering import load_steering
+from steer_plugin.cli_store import store_app
 from steer_plugin.cli_train import experiments_app, train_app
 from steer_plugin.errors import InputError, SteeringError, nearest
 from steer_plugin.intervention import Steerable
 from steer_plugin.methods import L2S, MeanSteering, SteerVLM
+from steer_plugin.processes import Processes
 from steer_plugin.shifts import Shifts
+
+SHARED = ("extract", "collect", "eval", "train")  # what several processes can work at together
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=(
     "Steer vision-language models: extract P2S vectors, fit Learning to Steer, steer your own pictures, evaluate."
@@ -29,6 +34,9 @@ app.add_typer(eval_app, name="eval")
 app.add_typer(pocket_app, name="pocket")
 app.add_typer(train_app, name="train")
 app.add_typer(experiments_app, name="experiments")
+app.add_typer(store_app, name="store")
+app.command()(extract)
+app.command()(collect)
 app.command()(check)
 app.command()(reproduce)
 
@@ -69,46 +77,6 @@ def demo(
     if figures:
         for path in write_figures(result, out):
             say(f"figure: {path}")
-
-
-@app.command()
-def extract(
-    pairs: Annotated[
-        Path,
-        typer.Option(help="JSONL or CSV: image, prompt, positive, negative[, id, suffix, behaviour]; or 'pocket'."),
-    ],
-    write: Annotated[str, typer.Option(help="Site that will be steered, such as resid_post.14.")],
-    out: Out = Path("shifts"),
-    model: Model = "pocket",
-    read: Annotated[str | None, typer.Option(help="Site of the context; the write site by default.")] = None,
-    context: Annotated[str, typer.Option(help="Token of the context: last_prompt or user_end.")] = "last_prompt",
-    target: Annotated[str, typer.Option(help="last, average_forced or average_sampled.")] = "average_forced",
-    batch_size: int = 16,
-    seed: Seed = 0,
-) -> None:
-    """Extract P2S vectors and contexts from contrastive pairs.
-
-    Example: steer-plugin extract --model llava-hf/llava-1.5-7b-hf --pairs pairs.jsonl --write resid_post.14
-    """
-    from steer_plugin.adapters import parse_target
-    from steer_plugin.contrast import read_pairs
-    from steer_plugin.demo.data import fitting_items
-    from steer_plugin.loading import load_model
-    from steer_plugin.pocket import World
-
-    rows = [item.pair for item in fitting_items(World(seed), 700)] if str(pairs) == "pocket" else read_pairs(pairs)
-    shifts = load_model(model).extract(
-        rows,
-        write,
-        read,
-        out,
-        context=context,
-        target=parse_target(target),
-        batch_size=batch_size,
-        seed=seed,
-    )
-    for name, value in shifts.summary().items():
-        say(f"{name}: {value:.4g}")
 
 
 @app.command()
@@ -173,10 +141,20 @@ def steer(
     Console().print(table)
 
 
+def _check_processes(command: str) -> None:
+    processes = Processes.current()
+    if processes.several and command not in SHARED:
+        raise InputError(
+            f"'{command}' runs in one process, and {processes.count} were started: start it without a launcher. "
+            f"Several processes share {', '.join(SHARED)}."
+        )
+
+
 def main() -> None:
     """Run the command line; our own errors end it with their message, not with a traceback."""
     disable_progress_bar()
     try:
+        _check_processes(" ".join(sys.argv[1:2]))
         app()
     except SteeringError as error:
         sys.stderr.write(f"steer-plugin: {error}\n")

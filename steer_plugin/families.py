@@ -142,6 +142,7 @@ KNOWN: tuple[Family, ...] = (
         positions="mask+1",
         answer_type=1,  # answers attend causally, the prompt both ways
         replay="second_pass",
+        branches="prompt",
         notes="picture and prompt attend to each other both ways; over Gemma 2, attn_out and mlp_out lie behind norms",
     ),
     replace(_IDEFICS, name="idefics3", model_types=("idefics3",)),
@@ -159,6 +160,7 @@ KNOWN: tuple[Family, ...] = (
         vision="model.vision_model",
         cross_attention="cross_attn",
         replay="second_pass",
+        branches="none",
         notes="one <|image|> token stands for a picture, which the cross-attention layers read; these have attn_raw "
         "and mlp_raw alone, and do not run at all for text without a picture",
     ),

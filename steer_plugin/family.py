@@ -43,6 +43,8 @@ class Family:
             "own" when the model makes them (mRoPE).
         replay: "exact" when cropping the KV cache by one and running that token again gives the same stream,
             "second_pass" when a late read needs a whole further pass.
+        branches: what may run once for several continuations: "exact" any beginning of a prompt, "prompt" whole prompts
+            (their tokens attend to each other both ways), "none" where a cache takes up one token at a time only.
         answer_type: what token_type_ids say of an answer's tokens, where the family has such.
         notes: what a user of its sites should know.
     """
@@ -67,6 +69,7 @@ class Family:
     assistant_headers: tuple[str, ...] = ()
     positions: Literal["mask", "mask+1", "own"] = "mask"
     replay: Literal["exact", "second_pass"] = "exact"
+    branches: Literal["exact", "prompt", "none"] = "exact"
     answer_type: int = 0
     notes: str = ""
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -14,13 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from steer_plugin.activations import Activations, gather
+from steer_plugin.adapters._bulk_model import BulkModel
 from steer_plugin.adapters._call import Forward, Tap
 from steer_plugin.adapters._check import check_model
 from steer_plugin.adapters._check_report import CheckReport
-from steer_plugin.adapters._extract import Extraction
 from steer_plugin.adapters._inputs import check_inputs, collate, encode, image_rows, with_positions
-from steer_plugin.adapters._plan import SAMPLED_TOKENS, Pair, Plan, parse_target
-from steer_plugin.adapters._prefix import PrefixedModel
 from steer_plugin.adapters._prepare import Taken, prepared
 from steer_plugin.adapters._record import KEEP, Recorder, check_generation
 from steer_plugin.adapters._run import Run
@@ -30,11 +26,10 @@ from steer_plugin.errors import FrameworkError, InputError
 from steer_plugin.intervention import Intervention, Steerable
 from steer_plugin.positions import Positions
 from steer_plugin.record import Record
-from steer_plugin.shifts import Shifts
 from steer_plugin.sites import Site
 
 
-class AttachedModel(PrefixedModel):
+class AttachedModel(BulkModel):
     """A vision-language model that can be steered; made by `sp.attach`.
 
     Attributes:
@@ -200,37 +195,6 @@ class AttachedModel(PrefixedModel):
                 self._forward(steered, with_positions(self.parts, inputs))
                 ids = inputs.get("input_ids")
         return recorder.record(ids)
-
-    def extract(
-        self,
-        pairs: Sequence[Pair],
-        write: Site | str,
-        read: Site | str | None = None,
-        out: Path | str | None = None,
-        *,
-        context: Positions | str = "last_prompt",
-        target: str = "average_forced",
-        batch_size: int = 16,
-        seed: int = 0,
-        sampled_tokens: int = SAMPLED_TOKENS,
-        progress: bool = True,
-    ) -> Shifts:
-        """Make P2S vectors and contexts of contrastive pairs, resumable in the folder `out` (in memory without one).
-
-        Raises:
-            InputError: no processor, no pairs, unknown target.
-            JobError: `out` holds another job.
-        """
-        if self.processor is None:
-            raise InputError("vlm.extract needs the model's processor: sp.attach(model, processor=processor).")
-        where = self.parts.resolve(Site.parse(write))
-        source = where if read is None else self.parts.resolve(Site.parse(read))
-        plan = Plan(where, source, Positions.parse(context), parse_target(target), batch_size, seed, sampled_tokens)
-        extraction = Extraction(self.parts, self.processor, self.ends, plan)
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(TemporaryDirectory()) if out is None else out)
-            extraction.run(pairs, folder, progress=progress)
-            return Shifts.load(folder)
 
     # -- inputs and looking --------------------------------------------------------------------------------------
 

@@ -13,10 +13,19 @@ from torch import Tensor, nn
 def right_padded(
     rows: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos"]]:
+    """Token ids of ragged rows and which of them are real; padding repeats a row's last token."""
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=device)
     real = torch.tensor([[i < len(row) for i in range(width)] for row in rows], device=device)
     return ids, real
+
+
+def left_padded(
+    rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos"]]:
+    """As `right_padded`, with the padding in front."""
+    ids, real = right_padded([row[::-1] for row in rows], device)
+    return ids.flip(1), real.flip(1)
 
 
 def forced_inputs(

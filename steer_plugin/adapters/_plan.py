@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from PIL import Image
@@ -15,6 +17,8 @@ Target = Literal["last", "average_forced", "average_sampled"]
 TARGETS: tuple[Target, ...] = ("last", "average_forced", "average_sampled")
 # The authors' POPE script samples up to 100 new tokens, the first of which ends the forced ones.
 SAMPLED_TOKENS = 99
+# Where batch_size="auto" begins; it is halved whenever memory runs out.
+MOST = 64
 
 
 def parse_target(name: str) -> Target:
@@ -36,6 +40,8 @@ class Pair(Protocol):
     @property
     def id(self) -> str: ...
     @property
+    def images(self) -> Sequence[Image.Image | Path]: ...
+    @property
     def prompt(self) -> str: ...
     @property
     def positive(self) -> str: ...
@@ -50,14 +56,27 @@ class Pair(Protocol):
     def load_images(self) -> tuple[Image.Image, ...]: ...
 
 
+def parse_batch_size(size: int | str) -> int | None:
+    """Return a number of rows, or None for "auto".
+
+    Raises:
+        InputError: neither.
+    """
+    if size == "auto":
+        return None
+    if not isinstance(size, int) or size < 1:
+        raise InputError(f'batch_size must be a whole number from 1 up, or "auto", got {size!r}.')
+    return size
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Where to read, what to pool, and how much at a time."""
+    """Where to read, what to pool, and how much at a time (None: what fits into memory)."""
 
     write: Site
     read: Site
     context: Positions
     target: Target
-    batch_size: int
+    batch_size: int | None
     seed: int
     sampled_tokens: int = SAMPLED_TOKENS

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import _forked
 import pytest
 import torch
 
@@ -18,7 +16,7 @@ JOB = """
 import sys, time
 from pathlib import Path
 import steer_plugin as sp
-from steer_plugin.adapters import _extract
+from steer_plugin.adapters import _bulk, _extract
 from steer_plugin.contrast import pocket_pairs
 
 original = _extract.Extraction.shifts
@@ -26,7 +24,7 @@ def slow(self, pairs):
     time.sleep(0.15)
     return original(self, pairs)
 _extract.Extraction.shifts = slow
-_extract.ShardWriter.__init__.__defaults__ = (8,)
+_bulk.ShardWriter.__init__.__defaults__ = (8,)
 vlm = sp.attach(*sp.pocket.load())
 pairs = pocket_pairs(sp.pocket.World(0).questions(10, "train"))
 print("started", flush=True)
@@ -36,24 +34,16 @@ vlm.extract(pairs, "resid_post.1", out=Path(sys.argv[1]), batch_size=4, progress
 
 @pytest.mark.slow
 def test_killed_extraction_resumes_with_nothing_lost_or_doubled(tmp_path: Path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def start(out: Path) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", JOB, str(out)], stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    with start(tmp_path / "whole") as job:
-        assert job.wait(timeout=120) == 0
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    _forked.start(script, tmp_path / "whole").finish()
     for pause in (0.5, 1.0):
-        with start(tmp_path / "killed") as job:
-            assert job.stdout is not None
+        with _forked.start(script, tmp_path / "killed") as job:
             job.stdout.readline()
             time.sleep(pause)
             job.send_signal(signal.SIGKILL)
             assert job.wait(timeout=60) == -signal.SIGKILL
-    with start(tmp_path / "killed") as job:
-        assert job.wait(timeout=120) == 0
+    _forked.start(script, tmp_path / "killed").finish()
     one, two = Shifts.load(tmp_path / "whole"), Shifts.load(tmp_path / "killed")
     assert sorted(one.ids) == sorted(two.ids)
     order = [two.ids.index(i) for i in one.ids]
