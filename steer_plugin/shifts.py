@@ -48,8 +48,8 @@ class Shifts:
         if store.job.get("kind") != KIND:
             raise ArtefactError(f"{folder} holds {store.job.get('kind')!r}, expected P2S shifts made by vlm.extract.")
         return cls(
-            vectors=store.tensor("vector").float(),
-            contexts=store.tensor("context").float(),
+            vectors=store.tensor("vector", dtype=torch.float32),
+            contexts=store.tensor("context", dtype=torch.float32),
             ids=tuple(store.ids),
             behaviours=tuple(str(row.get("behaviour", "")) for row in store.rows),
             job=dict(store.job),

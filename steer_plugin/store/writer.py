@@ -8,115 +8,130 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, cast
+from typing import cast
 
-import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from steer_plugin.artefact import sha256, tensor_bytes
-from steer_plugin.atomic import JSON, atomic_write_bytes, json_bytes, make_folder, remove_leftovers
-from steer_plugin.errors import InputError, JobError
-from steer_plugin.store.manifest import (
-    MANIFEST,
-    Layout,
-    Manifest,
-    Shard,
-    differences,
-    read_manifest,
-    shard_name,
-    write_manifest,
-)
+from steer_plugin.artefact import sha256
+from steer_plugin.atomic import JSON, atomic_write_bytes, json_bytes, make_folder
+from steer_plugin.errors import InputError, JobError, SteeringError
+from steer_plugin.store._background import Background
+from steer_plugin.store._folder import refuse_foreign
+from steer_plugin.store._listing import Listing
+from steer_plugin.store._locks import Locks
+from steer_plugin.store._rows import Buffer, Rows, rows_of
+from steer_plugin.store.order import Order
+from steer_plugin.store.shard import Layout, Shard, number_of, shard_name
 
-if sys.platform != "win32":
-    import fcntl
-
-LOCK = ".lock"
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    ids: list[str]
-    rows: list[Mapping[str, JSON]]
-    tensors: dict[str, Tensor]
-
-    def part(self, where: slice) -> _Chunk:
-        return _Chunk(self.ids[where], self.rows[where], {name: t[where] for name, t in self.tensors.items()})
+WAITING = 2  # shards in memory besides the one that fills: one is being written, one waits
 
 
 class ShardWriter:
-    """Appends rows to a folder, or goes on where a killed run of the same job stopped; `done` holds the ids on disk.
+    """Appends rows to a folder, or goes on where a killed run of the same job stopped.
 
     `job` describes everything that decides the numbers (model, site, positions, data set, dtype ...): a folder that
-    holds another job is refused. One process writes at a time. Use it as a context manager: leaving normally marks the
-    store complete; an exception or Ctrl-C writes what is buffered and leaves it resumable. A listed shard whose file is
-    missing or has another size is forgotten: its rows are not in `done`.
-    Raises JobError for another job, a folder without a manifest that is not empty, a second writer, or a full disk.
+    holds another job is refused. `order`, the ids of the whole job, is the order of reading, whatever that of writing.
+    Several processes may write one job, each as its `rank` of `ranks` and each with other ids of the order; locks see
+    to it (where a file system has none, see `_locks`), and a later run may have any other number of ranks.
+
+    Use it as a context manager: an exception or Ctrl-C writes what is buffered and leaves the folder resumable; leaving
+    normally completes the store; with an order, once all of its ids are there. Shards are cut at `shard_rows` rows or
+    `shard_bytes` bytes and, in the `background`, written by one thread, at most two of them in memory besides the one
+    that fills. At the start all listed shards are verified: a damaged one is named in a warning and dropped.
+
+    Attributes:
+        out: the folder.
+        done: the ids that need no more computing: on disk, by whichever rank, or handed over for it.
+
+    Raises:
+        InputError: an order whose ids repeat; ranks without an order; a rank or size out of range.
+        JobError: another job or order, a folder without a manifest that is not empty, another writer, a full disk.
     """
 
-    def __init__(self, out: Path, job: Mapping[str, JSON], shard_rows: int = 256) -> None:
-        if shard_rows < 1:
-            raise InputError(f"shard_rows is {shard_rows}: expected at least 1 row per shard, 256 is a good start.")
+    def __init__(
+        self,
+        out: Path,
+        job: Mapping[str, JSON],
+        shard_rows: int = 256,
+        *,
+        order: Sequence[str] | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        background: bool = True,
+        shard_bytes: int = 2**28,
+    ) -> None:
+        _check_arguments(shard_rows, shard_bytes, rank, ranks, order is not None)
         self.out = Path(out)
         self.done: set[str] = set()
         self._job = cast("dict[str, JSON]", json.loads(json_bytes(job, "the job description")))
-        self._shard_rows = shard_rows
-        self._shards: list[Shard] = []
-        self._chunks: list[_Chunk] = []
+        self._order = None if order is None else Order(tuple(order))
+        self._rank, self._ranks = rank, ranks
+        self._buffer = Buffer(shard_rows, shard_bytes)
+        self._layout: Layout | None = None
+        self._number = 0
         make_folder(self.out)
-        _refuse_foreign(self.out)
-        self._lock: IO[bytes] | None = _lock(self.out)
+        refuse_foreign(self.out)
+        self._locks = Locks(self.out, rank, ranks)
+        self._listing = Listing(self.out, self._job, self._order, self._locks)
         try:
-            remove_leftovers(self.out, ".*.tmp")
             self._resume()
         except BaseException:
-            self._lock.close()
+            self._locks.release()
             raise
+        self._background = Background(self._write, WAITING if background else 0)
 
     def append(
         self,
         ids: Sequence[str],
-        tensors: Mapping[str, Shaped[Tensor, "row ..."]],
+        tensors: Mapping[str, Shaped[Tensor, "row ..."] | Sequence[Tensor]],
         rows: Sequence[Mapping[str, JSON]] | None = None,
     ) -> None:
-        """Buffer rows, and write a shard for every `shard_rows` of them.
+        """Buffer rows, and hand over a shard whenever there are enough.
 
-        Each tensor is (row, ...); names, dtypes and trailing shapes are the same in every call; `rows` is one JSON
-        object per row. The tensors are copied to the CPU. Raises InputError for a duplicate id or a tensor that does
-        not fit, JobError when the shard cannot be written (the rows stay buffered) or the writer is closed.
+        Each tensor is (row, ...), or ragged: a sequence of (token, ...), one per row. Names, dtypes and trailing shapes
+        are the same in every call; `rows` is one JSON object per row. The tensors are copied to the CPU. Raises
+        InputError for a duplicate id, an id outside the order or a tensor that does not fit: nothing of the call is
+        taken; JobError when the writer is closed or a shard, of now or before, cannot be written: its rows are buffered
+        again and not in `done`.
         """
-        if self._lock is None:
+        if not self._locks.held:
             raise JobError(f"The writer of {self.out} is closed. Open a new ShardWriter to go on.")
-        chunk = _Chunk(
-            list(ids),
-            [dict(row) for row in rows] if rows is not None else [{} for _ in ids],
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()},
-        )
-        self._check(chunk)
-        self._chunks.append(chunk)
-        while self.buffered >= self._shard_rows:
-            self._write_shard(self._shard_rows)
+        self._refuse_known(ids)
+        new = rows_of(ids, tensors, rows)
+        if new.ids:
+            self._refuse_other_layout(new.layout)
+            self._buffer.add(new)
+        with self._recovering():
+            self._background.check()
+            while self._buffer.full:
+                self._hand_over()
 
     @property
     def buffered(self) -> int:
-        """The number of rows in memory only."""
-        return sum(len(chunk.ids) for chunk in self._chunks)
+        """The number of rows that were not handed over yet."""
+        return len(self._buffer)
 
     def flush(self) -> None:
-        """Write what is buffered as one shard, however small; raises JobError when it cannot be written."""
-        if self.buffered:
-            self._write_shard(self.buffered)
+        """Write what is buffered, however little, and wait for it; raises JobError when it cannot be written."""
+        with self._recovering():
+            while len(self._buffer):
+                self._hand_over()
+            self._background.wait()
 
     def close(self) -> None:
-        """Write what is buffered, mark the store complete and let go of the folder; closing twice does nothing."""
-        if self._lock is not None:
+        """Write what is buffered, complete the store and let go of the folder; closing twice does nothing.
+
+        With an order, the store is complete once all its ids are listed: the last of several ranks completes it.
+        Raises JobError when something cannot be written: then the writer is still open.
+        """
+        if self._locks.held:
             self.flush()
-            self._write_manifest(complete=True)
+            self._listing.complete()
             self._release()
 
     def __enter__(self) -> ShardWriter:
@@ -126,129 +141,104 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self.close()
-            return
+            try:
+                self.close()
+            except BaseException:
+                self._rescue()
+                raise
+        else:
+            self._rescue()
+
+    def _rescue(self) -> None:
         try:
             # The exception under way tells more than a disk that is still full; rows not written are asked for again.
-            with contextlib.suppress(JobError):
-                self._forget_written()
+            with contextlib.suppress(SteeringError):
+                self._recover()
                 self.flush()
         finally:
             self._release()
 
     def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        try:
+            self._background.stop()
+        finally:
+            self._locks.release()
 
     def _resume(self) -> None:
-        if not (self.out / MANIFEST).exists():
-            self._write_manifest(complete=False)
-            return
-        manifest = read_manifest(self.out)
-        differing = list(differences(manifest.job, self._job))
-        if differing:
-            raise JobError(
-                f"{self.out} holds another job: {'; '.join(differing)}. Choose another output folder (--out), or "
-                "delete this one to start anew."
+        listed, found = self._listing.begin(self._rank, self._ranks)
+        self.done.update(self._listing.ids)
+        series = self._rank if self._ranks > 1 else None
+        self._number = max((number_of(shard.file, series) for shard in listed), default=-1) + 1
+        if self._listing.shards:
+            self._layout = self._listing.shards[0].layout
+        if found:
+            warnings.warn(
+                f"{self.out} has {len(found)} damaged shards, which were dropped: {'; '.join(map(str, found))}. Their "
+                "rows are computed anew.",
+                stacklevel=3,
             )
-        self._shards = [shard for shard in manifest.shards if shard.present(self.out)]
-        self.done = {row for shard in self._shards for row in shard.ids}
-        if len(self._shards) < len(manifest.shards):
-            self._write_manifest(complete=False)
 
-    def _check(self, chunk: _Chunk) -> None:
-        if len(chunk.rows) != len(chunk.ids):
-            raise InputError(f"Got {len(chunk.rows)} rows of metadata for {len(chunk.ids)} ids: expected one per id.")
-        json_bytes(chunk.rows, "the metadata of the rows")
-        waiting = {row for other in self._chunks for row in other.ids}
-        for row in chunk.ids:
-            if row in self.done or row in waiting:
+    def _refuse_known(self, ids: Sequence[str]) -> None:
+        seen: set[str] = set()
+        for row in ids:
+            if row in self.done or row in self._buffer.ids or row in seen:
                 raise InputError(f"Row {row!r} is already in {self.out}: ids are unique. Skip those in `writer.done`.")
-            waiting.add(row)
-        for name, tensor in chunk.tensors.items():
-            if tensor.ndim == 0 or tensor.shape[0] != len(chunk.ids):
-                raise InputError(
-                    f"Tensor {name!r} has shape {tuple(tensor.shape)} for {len(chunk.ids)} ids: expected one row each."
-                )
-        expected = self._shards[0].layout if self._shards else _layout(self._chunks[0]) if self._chunks else None
-        if expected is not None and _layout(chunk) != expected:
+            seen.add(row)
+        if self._order is not None:
+            self._order.places_of(ids)
+
+    def _refuse_other_layout(self, layout: Layout) -> None:
+        self._layout = layout if self._layout is None else self._layout
+        if layout != self._layout:
             raise InputError(
-                f"The tensors are {_layout(chunk)}, but {self.out} holds {expected} (name: dtype, trailing shape). "
+                f"The tensors are {layout}, but {self.out} holds {self._layout} (name: dtype, trailing shape). "
                 "Convert them, or write to another folder."
             )
 
-    def _write_shard(self, count: int) -> None:
-        merged = _merge(self._chunks)
-        head, rest = merged.part(slice(count)), merged.part(slice(count, None))
-        data = tensor_bytes(head.tensors, {"rows": json_bytes(head.rows, "the metadata of the rows").decode()})
-        last = max((shard.number for shard in self._shards), default=-1)
-        shard = Shard(shard_name(last + 1), len(data), sha256(data), tuple(head.ids), _layout(head))
-        atomic_write_bytes(self.out / shard.file, data)
+    def _hand_over(self) -> None:
+        self._background.make_room()
+        rows = self._buffer.first()
+        self._background.put(rows)
+        self.done.update(rows.ids)
+        self._buffer.drop(len(rows.ids))
+
+    @contextlib.contextmanager
+    def _recovering(self) -> Generator[None, None, None]:
         try:
-            self._write_manifest(complete=False, extra=shard)
-        except JobError:
-            (self.out / shard.file).unlink(missing_ok=True)
+            yield
+        except BaseException:
+            self._recover()
             raise
-        self._shards.append(shard)
-        self.done.update(head.ids)
-        self._chunks = [rest] if rest.ids else []
 
-    def _write_manifest(self, complete: bool, extra: Shard | None = None) -> None:
-        shards = [*self._shards, extra] if extra is not None else self._shards
-        write_manifest(self.out, Manifest(self._job, complete, tuple(shards)))
+    def _recover(self) -> None:
+        """Believe the disk, not the memory: an error or Ctrl-C may strike on either side of the manifest's rename."""
+        waiting = self._background.take_back()
+        self._listing.reload()
+        listed = self._listing.ids
+        self.done.intersection_update(listed)
+        self.done.update(listed)
+        self._buffer.refill(waiting, without=listed)
 
-    def _forget_written(self) -> None:
-        # Ctrl-C may strike between the manifest's rename and the buffer's emptying: believe the disk, not the memory.
-        self._shards = list(read_manifest(self.out).shards)
-        self.done = {row for shard in self._shards for row in shard.ids}
-        if self._chunks:
-            merged = _merge(self._chunks)
-            keep = [k for k, row in enumerate(merged.ids) if row not in self.done]
-            kept = {name: tensor[keep] for name, tensor in merged.tensors.items()}
-            self._chunks = [_Chunk([merged.ids[k] for k in keep], [merged.rows[k] for k in keep], kept)]
-
-
-def _merge(chunks: Sequence[_Chunk]) -> _Chunk:
-    names = chunks[0].tensors
-    return _Chunk(
-        [row for chunk in chunks for row in chunk.ids],
-        [row for chunk in chunks for row in chunk.rows],
-        {name: torch.cat([chunk.tensors[name] for chunk in chunks]) for name in names},
-    )
+    def _write(self, rows: Rows) -> None:
+        """Write one shard: in the background's thread, or in the caller's while nothing is under way there."""
+        data = rows.encode()
+        file = shard_name(self._number, self._rank if self._ranks > 1 else None)
+        self._number += 1
+        places = None if self._order is None else self._order.places_of(rows.ids)
+        atomic_write_bytes(self.out / file, data)
+        try:
+            self._listing.add(Shard(file, len(data), sha256(data), tuple(rows.ids), rows.layout, places))
+        except SteeringError:
+            (self.out / file).unlink(missing_ok=True)
+            raise
 
 
-def _layout(chunk: _Chunk) -> Layout:
-    return {
-        name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape[1:]))
-        for name, tensor in sorted(chunk.tensors.items())
-    }
-
-
-def _refuse_foreign(out: Path) -> None:
-    if (out / MANIFEST).exists():
-        return
-    for entry in sorted(out.iterdir()):
-        if entry.name != LOCK and not (entry.name.startswith(".") and entry.suffix == ".tmp"):
-            raise JobError(
-                f"{out} is not empty ({entry.name}, ...) and holds no {MANIFEST}, so it was not made by this program: "
-                "nothing was written. Choose a new or an empty folder."
-            )
-
-
-def _lock(out: Path) -> IO[bytes]:
-    # The kernel lets go of the lock when its process dies, however it dies.
-    file = (out / LOCK).open("ab")
-    try:
-        if sys.platform != "win32":
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise JobError(
-            f"Another process is writing to {out}: two writers would double its rows. Wait for it, end it, or choose "
-            "another output folder."
-        ) from error
-    except OSError:
-        # Some network file systems know no locks; the writer works there as well, unguarded.
-        return file
-    return file
+def _check_arguments(shard_rows: int, shard_bytes: int, rank: int, ranks: int, ordered: bool) -> None:
+    if shard_rows < 1:
+        raise InputError(f"shard_rows is {shard_rows}: expected at least 1 row per shard, 256 is a good start.")
+    if shard_bytes < 1:
+        raise InputError(f"shard_bytes is {shard_bytes}: expected at least 1, {2**28} is a good start.")
+    if not 0 <= rank < ranks:
+        raise InputError(f"The writer is rank {rank} of {ranks}: expected 0 to {ranks - 1}.")
+    if ranks > 1 and not ordered:
+        raise InputError(f"{ranks} ranks write one store: give order=, the ids of the whole job, to each of them.")

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import sys
 import time
+import types
 from pathlib import Path
 
-import torch
+# The store alone: what imports the whole package imports transformers, which takes seconds.
+bare = types.ModuleType("steer_plugin")
+bare.__path__ = [str(Path(__file__).resolve().parents[2] / "steer_plugin")]
+sys.modules["steer_plugin"] = bare
 
-from steer_plugin.store import ShardWriter
+import torch  # noqa: E402
+
+from steer_plugin.store import ShardWriter  # noqa: E402
 
 JOB = {"model": "slow", "seed": 3}
 

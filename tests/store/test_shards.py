@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import steer_plugin.store.writer
+import steer_plugin.store._listing
 from steer_plugin.artefact import atomic_write_json
 from steer_plugin.errors import ArtefactError, InputError, JobError
 from steer_plugin.store import ShardStore, ShardWriter
@@ -211,16 +211,16 @@ def test_an_exception_keeps_what_was_buffered(tmp_path: Path) -> None:
 def test_interrupt_at_the_manifest_doubles_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
-    real = steer_plugin.store.writer.write_manifest
+    real = steer_plugin.store._listing.write_manifest
 
     def interrupted(folder: Path, manifest: Manifest) -> None:
         if after:
             real(folder, manifest)
-        monkeypatch.setattr(steer_plugin.store.writer, "write_manifest", real)
+        monkeypatch.setattr(steer_plugin.store._listing, "write_manifest", real)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, JOB, shard_rows=4) as writer:
-        monkeypatch.setattr(steer_plugin.store.writer, "write_manifest", interrupted)
+        monkeypatch.setattr(steer_plugin.store._listing, "write_manifest", interrupted)
         writer.append(*rows(*range(6)))
     assert ShardStore.open(tmp_path, partial_ok=True).ids == [f"r{k}" for k in range(6)]
 
@@ -276,7 +276,9 @@ def test_damaged_shards_are_named(tmp_path: Path, damage: str) -> None:
         with pytest.raises(ArtefactError, match=r"shard-000001\.safetensors .*run the same job again.* 4 rows"):
             read()
     path.unlink(missing_ok=True)  # the mend
-    with ShardWriter(tmp_path, JOB) as writer:
+    with pytest.warns(UserWarning, match=r"1 damaged shards, which were dropped: shard-000001\.safetensors"):
+        writer = ShardWriter(tmp_path, JOB)
+    with writer:
         assert writer.done == {"r0", "r1", "r2", "r3", "r8", "r9"}
         writer.append(*rows(4, 5, 6, 7))
     mended = ShardStore.open(tmp_path)
@@ -286,7 +288,9 @@ def test_damaged_shards_are_named(tmp_path: Path, damage: str) -> None:
 def test_a_lost_shard_makes_a_complete_store_unfinished(tmp_path: Path) -> None:
     fill(tmp_path)
     (tmp_path / "shard-000002.safetensors").unlink()
-    with pytest.raises(ZeroDivisionError), ShardWriter(tmp_path, JOB):
+    with pytest.warns(UserWarning, match=r"shard-000002\.safetensors is missing"):
+        writer = ShardWriter(tmp_path, JOB)
+    with pytest.raises(ZeroDivisionError), writer:
         raise ZeroDivisionError
     with pytest.raises(JobError, match="not finished"):
         ShardStore.open(tmp_path)
