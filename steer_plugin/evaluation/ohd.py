@@ -3,9 +3,7 @@
     {folder}/{coco,flickr,nocaps}_pope_{random,popular,adversarial}.json = 9 files of 3,000 questions, half of them yes,
     on 500 pictures a source
 
-The questions stand as published, "imange" included. Scores are POPE's, per source and over all sources ("all"), where
-every question weighs the same: "mean" pools the subsets. SteerVLM does not say whether its overall F1 pools or
-averages them; both give its printed digits.
+The questions stand as published, "imange" included. Scores: `benchmarks.ohd`.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from pathlib import Path
 
 from steer_plugin.contrast.pope import SUBSETS, PopeQuestion, pope_pairs, read_pope
 from steer_plugin.errors import InputError, nearest
-from steer_plugin.evaluation.pope import MethodScores, PopeItem, predictions, scores
+from steer_plugin.evaluation.pope import PopeItem
 
 SOURCES = ("coco", "flickr", "nocaps")
 QUESTIONS, YESES, PICTURES = 3000, 1500, 500
@@ -43,23 +41,6 @@ def read_ohd(
         raise InputError(f"sources is empty: expected at least one of {SOURCES}.")
     questions = {source: _questions(Path(folder), source, whole) for source in sources}
     return {source: _items(source, questions[source], _pictures(images, source)) for source in sources}
-
-
-def ohd_scores(
-    items: Mapping[str, Sequence[PopeItem]], texts: Mapping[str, str], *, seed: int
-) -> dict[str, dict[str, MethodScores]]:
-    """Score the answers, {item.key: text}, of one method: {source or "all": {subset or "mean": scores}}.
-
-    Accuracy and F1 have intervals over pictures. Raises InputError for an item without an answer.
-    """
-    parts = {**items, "all": [item for source in items.values() for item in source]}
-    for item in parts["all"]:
-        if item.key not in texts:
-            raise InputError(f"Question {item.id} ({item.text!r}) has no answer. Answer every question before scoring.")
-    return {
-        name: scores(part, predictions(part, texts), [texts[item.key] for item in part], seed=seed)
-        for name, part in parts.items()
-    }
 
 
 def _questions(folder: Path, source: str, whole: bool) -> list[PopeQuestion]:

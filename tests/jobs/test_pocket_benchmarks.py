@@ -27,7 +27,6 @@ from steer_plugin.errors import InputError
 from steer_plugin.evaluation.asking import distinct
 from steer_plugin.evaluation.benchmark import Benchmark, Training, asked_rows
 from steer_plugin.evaluation.chair import Synonyms, Truth, chair
-from steer_plugin.evaluation.ohd import ohd_scores
 from steer_plugin.evaluation.pope import PopeItem, predictions, scores
 from steer_plugin.intervention import FixedVector
 from steer_plugin.methods import BehaviourMeans
@@ -111,12 +110,14 @@ def test_existence_scores_are_those_of_the_demo(make: Make, said: Said):
     assert 0 < found["mean well-formed"] < 1
 
 
-def test_ohd_scores_are_those_of_ohd(make: Make, said: Said):
+def test_ohd_scores_are_those_of_the_demo(make: Make, said: Said):
     benchmark, texts = make("ohd"), said("ohd")
     items = cast("list[PopeItem]", benchmark.items)
     sources = {str(seed): [item for item in items if item.group.startswith(f"test-{seed}-")] for seed in (5, 6, 7)}
     assert [len(part) for part in sources.values()] == [12 * 6] * 3
-    expected, found = ohd_scores(sources, texts, seed=0)["all"], figures(benchmark, texts)
+    every = [item for part in sources.values() for item in part]
+    expected = scores(every, predictions(every, texts), [texts[item.key] for item in every], seed=0)
+    found = figures(benchmark, texts)
     for ours, theirs in {
         "adversarial": "adversarial",
         "popular": "popular",
