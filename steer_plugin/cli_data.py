@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from steer_plugin.atomic import JSON
 from steer_plugin.errors import InputError
+from steer_plugin.processes import Processes
 
 if TYPE_CHECKING:
     from steer_plugin.evaluation.benchmark import Benchmark, Training
@@ -73,19 +74,20 @@ def pairs_to_fit(pairs: Path) -> Training:
 def _judges(benchmark: str, judging: Judging) -> dict[str, Judge]:
     from steer_plugin.evaluation.judges import QUALITY, STANCE, Budget, LlamaGuardJudge, OpenAIJudge
 
-    found: dict[str, Judge] = {}
+    found, processes = dict[str, Judge](), Processes.current()
     if judging.guard is not None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        where = "cuda" if torch.cuda.is_available() else "cpu"
+        where = processes.device()
         dtype = torch.float32 if where == "cpu" else torch.bfloat16
         guard = AutoModelForCausalLM.from_pretrained(judging.guard, dtype=dtype, device_map=where).eval()
         found["unsafe"] = LlamaGuardJudge(guard, AutoTokenizer.from_pretrained(judging.guard))
     if judging.judge is not None:
+        # Processes share what is to be judged evenly, and so what may be spent.
+        spend = Budget(requests=max(1, judging.requests // processes.count))
         role, rubric = ("stance", STANCE) if benchmark == "vnia" else ("quality", QUALITY)
         found[role] = OpenAIJudge(
-            judging.judge, judging.url, rubric=rubric, budget=Budget(requests=judging.requests), cache=judging.cache,
-            name=role,
+            judging.judge, judging.url, rubric=rubric, budget=spend, cache=judging.cache, name=role
         )  # fmt: skip
     return found

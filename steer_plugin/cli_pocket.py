@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from steer_plugin.processes import Processes
+
 pocket_app = typer.Typer(no_args_is_help=True, help="The pocket VLM: train it, its card, its world as data.")
 
 Out = Annotated[Path, typer.Option(help="Output folder; a run that was interrupted resumes in it.")]
@@ -83,5 +85,6 @@ def export(
 
 
 def say(text: str) -> None:
-    """Print for the user."""
-    sys.stdout.write(f"{text}\n")
+    """Print for the user; of several processes one does."""
+    if Processes.current().main:
+        sys.stdout.write(f"{text}\n")

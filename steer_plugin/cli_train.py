@@ -16,6 +16,9 @@ experiments_app = typer.Typer(no_args_is_help=True, help="Repeat a paper's exper
 
 Out = Annotated[Path, typer.Option(help="Output folder; a run that was interrupted resumes in it.")]
 Model = Annotated[str, typer.Option(help="'pocket', a model folder, or a hub id.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where the model goes: cuda:1, cpu, or auto (over all GPUs); its own GPU without it.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the module's start and of the order of the rows.")]
 
 
@@ -23,6 +26,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the module's start and of the o
 def steervlm(
     out: Out = Path("steervlm-out"),
     model: Model = "pocket",
+    device: Device = None,
     data: Annotated[
         str, typer.Option(help="'pocket', or a VNIA file: JSON lines of task, answer, pos, neg, image_id.")
     ] = "pocket",
@@ -62,9 +66,13 @@ def steervlm(
 
     if data != "pocket" and images is None:
         raise InputError(f"--data {data} needs --images, the folder of its pictures.")
-    vlm = load_model(model)
+    vlm = load_model(model, device)
     small = data == "pocket"
-    rows = stance_rows(vlm, World(0), pictures) if small or images is None else read_vnia(data, images, missing=missing)
+    rows = (
+        stance_rows(vlm, World(0), pictures, log=out / "captions.jsonl")
+        if small or images is None
+        else read_vnia(data, images, missing=missing)
+    )
     config = pocket_config(vlm) if small else SteerVLMConfig(vlm.d_model, vlm.n_layers)
     training = pocket_training() if small else SteerVLMTraining()
     sizes = {"reduction": reduction, "heads": heads}

@@ -1,4 +1,7 @@
-"""From a name to a model and its processor: the embedded pocket VLM, or a folder or hub id of a Hugging Face VLM."""
+"""From a name to a model and its processor: the embedded pocket VLM, or a folder or hub id of a Hugging Face VLM.
+
+Of several processes each puts the model on a GPU of its own; one that is alone takes the first, or all with "auto".
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from steer_plugin import pocket
 from steer_plugin.adapters import AttachedModel, attach
 from steer_plugin.errors import InputError
 from steer_plugin.families import family_of
+from steer_plugin.processes import Processes
 
 POCKET = "pocket"
 
@@ -24,15 +28,23 @@ def load_model(name: str, device: str | None = None) -> AttachedModel:
 def load_plain(name: str, device: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a Hugging Face VLM and its processor; `device` "auto" lets accelerate spread it over what there is.
 
+    The embedded model is small enough to stay on the CPU where no device is named.
+
     Raises:
-        InputError: nothing there, or a processor that is only a tokenizer.
+        InputError: nothing there, a processor that is only a tokenizer, or "auto" in several processes.
         FamilyError: a text-only or unknown model, before its weights are read.
     """
-    if name == POCKET:
-        return pocket.load()
-    if (Path(name) / "config.json").is_file() and (Path(name) / "MODEL_CARD.md").is_file():
-        return pocket.load(Path(name))
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    processes = Processes.current()
+    if device == "auto" and processes.several:
+        raise InputError(
+            f"device 'auto' spreads one model over all GPUs, and {processes.count} processes were started, each with a "
+            "model of its own: start one process, or leave the device out."
+        )
+    folder = Path(name)
+    if name == POCKET or all((folder / file).is_file() for file in ("config.json", "MODEL_CARD.md")):
+        small, processor = pocket.load() if name == POCKET else pocket.load(folder)
+        return (small if device in (None, "auto") else cast(Any, small).to(device)), processor
+    where = device or processes.device()
     try:
         family_of(AutoConfig.from_pretrained(name))
         processor = AutoProcessor.from_pretrained(name)

@@ -92,11 +92,15 @@ def _nodes(
         if shared.tails[number]:
             prompts.setdefault(i, len(nodes))
             nodes.append(Node(shared.rows[number], shared.tails[number]))
-    first = len(nodes)
+    # Equal completions of one prompt are one node: their difference is nothing at all, and not rounding.
+    forced, known = list[int](), dict[tuple[int, tuple[int, ...]], int]()
     for i, tokens in enumerate(batch.completions):
         pair = i % len(batch)
-        nodes.append(Node(shared.rows[batch.full[pair]], tokens, parents[pair]))
-    return nodes, prompts, list(range(first, len(nodes)))
+        node = known.setdefault((pair, tuple(tokens)), len(nodes))
+        forced.append(node)
+        if node == len(nodes):
+            nodes.append(Node(shared.rows[batch.full[pair]], tokens, parents[pair]))
+    return nodes, prompts, forced
 
 
 def _taps(site: Site, gathered: Gathered, picks: Sequence[Pick]) -> Taps:

@@ -8,6 +8,7 @@ unrelated ones for that of p+, so that neither prompt alone tells what to do.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from steer_plugin.adapters import AttachedModel
 from steer_plugin.contrast import SteeringRow
@@ -43,12 +44,18 @@ def pocket_training(steps: int = 1500) -> SteerVLMTraining:
 
 
 def stance_rows(
-    vlm: AttachedModel, world: World, pictures: int, pairs: int = 8, progress: bool = True
+    vlm: AttachedModel, world: World, pictures: int, pairs: int = 8, progress: bool = True, log: Path | None = None
 ) -> list[SteeringRow]:
-    """Draw training rows: the model's own caption of each picture, with several pairs and the closings they ask for."""
+    """Draw training rows: the model's own caption of each picture, with several pairs and the closings they ask for.
+
+    Captions are kept in `log`, which several processes need.
+    """
     cases = world.stances(pictures, "train")
     items = [StanceItem(case, "rows") for case in cases]
-    own = answers(vlm, items, Method("own captions"), batch_size=64, max_new_tokens=TOKENS, progress=progress)
+    own = answers(
+        vlm, items, Method("own captions"), batch_size=64, max_new_tokens=TOKENS, progress=progress, log=log,
+        job={"weights": vlm.parts.fingerprint()},
+    )  # fmt: skip
     rows: list[SteeringRow] = []
     for number, (case, item) in enumerate(zip(cases, items, strict=True)):
         rng = stream("steering rows", world.seed, number)

@@ -35,10 +35,7 @@ class AnswerLog:
         # By digest: the keys of thousands of questions are part of the job.
         digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
         self._lines = JsonLines(path, {"answers": digest, "format": FORMAT}, "answers")
-        try:
-            self.answers = {str(row["id"]): _answer(row) for row in self._lines.rows}
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._lines.broken(error) from error
+        self.answers = self._read()
 
     def add(self, ids: Sequence[str], answers: Sequence[Answer]) -> None:
         """Append answers; they are on disk when this returns."""
@@ -48,6 +45,18 @@ class AnswerLog:
         ]
         self._lines.add(rows)
         self.answers.update(zip(ids, answers, strict=True))
+
+    def gather(self, ids: Sequence[str]) -> None:
+        """Wait for all processes, each of which calls this; `answers` are those of all, in one file, in this order."""
+        place = {one: number for number, one in enumerate(ids)}
+        self._lines.gather(lambda row: place.get(str(row["id"]), -1))
+        self.answers = self._read()
+
+    def _read(self) -> dict[str, Answer]:
+        try:
+            return {str(row["id"]): _answer(row) for row in self._lines.rows}
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._lines.broken(error) from error
 
 
 def _answer(row: Mapping[str, JSON]) -> Answer:

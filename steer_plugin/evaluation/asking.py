@@ -1,5 +1,7 @@
 """Asking a model many things under many methods: answers in batches, appended to disk, resumed after a kill.
 
+Of several processes each asks its share of the batches; a batch is the same whoever asks it, so the answers are too.
+
 Answers are greedy; `Sampling` draws them instead, as the Learning-to-Steer authors' POPE run does.
 """
 
@@ -23,6 +25,7 @@ from steer_plugin.errors import InputError
 from steer_plugin.evaluation.answers import Answer, AnswerLog
 from steer_plugin.evaluation.costs import answer_tokens
 from steer_plugin.intervention import Steerable
+from steer_plugin.processes import Processes
 
 
 @runtime_checkable
@@ -170,13 +173,16 @@ def answered(
 ) -> dict[str, Answer]:
     """Ask every different question once; return key -> answer with its tokens; resumable when `log` is given.
 
-    Answers are greedy unless `sampling` draws them. `encoded` keeps the encoded batches for further calls on the same
-    items (sweeps over strengths).
+    Several processes share the work and need a log; each calls this and gets all answers. Answers are greedy unless
+    `sampling` draws them. `encoded` keeps the encoded batches for further calls on the same items (sweeps over
+    strengths).
 
     Raises:
-        InputError: no items, or no processor.
-        JobError: `log` belongs to another job.
+        InputError: no items, no processor, or several processes without a log.
+        JobError: `log` belongs to another job, or another process has ended.
     """
+    processes = Processes.current()
+    processes.need_folder(log, "asking")
     if not items or vlm.processor is None:
         raise InputError("asking needs at least one question, and a model attached with its processor.")
     asked = distinct(items)
@@ -188,21 +194,25 @@ def answered(
         # A draw depends on who shares the batch.
         described["sampling"] = {**sampling.as_json(), "batch_size": batch_size}
     book = None if log is None else AnswerLog(log, described)
-    known = {} if book is None else book.answers
-    bar = tqdm(total=len(asked), desc=method.name, unit="question", disable=not progress, leave=False)
-    out: dict[str, Answer] = {}
-    for start in range(0, len(asked), batch_size):
-        batch = asked[start : start + batch_size]
+    known: dict[str, Answer] = {} if book is None else book.answers
+    # Batches of the whole job, whatever is answered by now and whoever asks: rounding and draws depend on them.
+    share = processes.share([asked[start : start + batch_size] for start in range(0, len(asked), batch_size)])
+    shown = progress and processes.main
+    bar = tqdm(total=sum(map(len, share)), desc=method.name, unit="question", disable=not shown, leave=False)
+    for batch in share:
         if any(item.key not in known for item in batch):
             said = _ask(vlm, batch, method, max_new_tokens, sampling, {} if encoded is None else encoded)
-            fresh = [(item.key, answer) for item, answer in zip(batch, said, strict=True) if item.key not in known]
-            if book is not None:
-                book.add([key for key, _ in fresh], [answer for _, answer in fresh])
-            out.update(fresh)
-        out.update({item.key: known[item.key] for item in batch if item.key in known})
+            fresh = {item.key: answer for item, answer in zip(batch, said, strict=True) if item.key not in known}
+            if book is None:
+                known.update(fresh)
+            else:
+                book.add(list(fresh), list(fresh.values()))
         bar.update(len(batch))
     bar.close()
-    return out
+    if book is not None:
+        book.gather([item.key for item in asked])
+        known = book.answers
+    return {item.key: known[item.key] for item in asked}
 
 
 def _ask(

@@ -12,16 +12,21 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, cast, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steer_plugin.atomic import JSON
-from steer_plugin.errors import InputError
+from steer_plugin.errors import FrameworkError, InputError
 from steer_plugin.evaluation.intervals import Interval
 from steer_plugin.intervention import Steerable
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+else:
+    DataFrame = object  # imported when needed; run-time type checkers look the name up
 
 Scores: TypeAlias = NDArray[np.float64]
 # From {key: answer} to one number per item, higher is better; NaN does not count.
@@ -121,6 +126,19 @@ class Point:
             for key, value in (("", one.value), ("_low", one.low), ("_high", one.high)):
                 row[what + key] = value if math.isfinite(value) else None
         return {**row, "feasible": self.feasible, "n": self.n}
+
+
+def to_frame(points: Sequence[Point]) -> DataFrame:
+    """A pandas table, one row per point.
+
+    Raises:
+        FrameworkError: pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise FrameworkError("tables of points need pandas: pip install 'steer-plugin[analysis]'.") from error
+    return pd.DataFrame([point.as_json() for point in points])
 
 
 def named(steering: Steered | Mapping[str, Steered], alone: str = "steering") -> dict[str, Steered]:

@@ -27,10 +27,20 @@ from steer_plugin.adapters import AttachedModel
 from steer_plugin.analysis._figure import new_figure
 from steer_plugin.atomic import JSON
 from steer_plugin.evaluation.asking import Asked
-from steer_plugin.evaluation.bounds import Behaviour, Bound, KLBound, Point, Steered, at_strength, check_number, named
+from steer_plugin.evaluation.bounds import (
+    Behaviour,
+    Bound,
+    KLBound,
+    Point,
+    Steered,
+    at_strength,
+    check_number,
+    named,
+    to_frame,
+)
 from steer_plugin.evaluation.choosing import choose, falling, gentlest, near_best
 from steer_plugin.evaluation.intervals import Interval
-from steer_plugin.evaluation.points import Points, to_frame
+from steer_plugin.evaluation.points import Points
 from steer_plugin.evaluation.task import KEEP_BYTES, Groups, Task
 from steer_plugin.intervention import Steerable
 
@@ -144,8 +154,9 @@ def calibrate(
     better, NaN does not count. `bound` is KLBound() by default; `groups` names the picture of each item, for intervals
     that resample pictures. `alphas` are the least and the largest strength; neighbours nearer than a factor of
     1 + `tolerance` are not parted further; `max_points` counts steered points, those on disk included. `out` is a JSONL
-    file from which a killed run goes on; `job` says what decides the answers besides, where a function steers.
-    `keep_bytes` bounds the memory for kept prompts.
+    file from which a killed run goes on, and where several processes meet (each calls this and gets the same choice);
+    `job` says what decides the answers besides, where a function steers. `keep_bytes` bounds the memory for kept
+    prompts.
 
     Raises:
         InputError: unusable settings or scores.

@@ -24,6 +24,7 @@ from steer_plugin.evaluation.asking import Asked, Method, distinct
 from steer_plugin.evaluation.costs import TextCosts, eos_tokens, forced_costs, forced_logits, nll_per_row, text_costs
 from steer_plugin.evaluation.intervals import Interval, bootstrap_interval
 from steer_plugin.jsonl import JsonLines
+from steer_plugin.processes import Processes
 
 
 class ItemCost(NamedTuple):
@@ -71,10 +72,14 @@ def item_costs(
 ) -> dict[str, ItemCost]:
     """Read every different item's answer again, steered and unsteered; {key: cost}, resumable when `log` is given.
 
+    Several processes share the batches and need a log; each calls this and gets all costs.
+
     Raises:
-        JobError: `log` belongs to other answers.
-        InputError: a strength that changes from step to step.
+        JobError: `log` belongs to other answers, or another process has ended.
+        InputError: a strength that changes from step to step; several processes without a log.
     """
+    processes = Processes.current()
+    processes.need_folder(log, "measuring costs")
     asked = distinct(items)
     said = [[item.key, list(answers[item.key].tokens)] for item in asked]
     # Another steering may give the same answers at another KL.
@@ -83,17 +88,21 @@ def item_costs(
     }  # fmt: skip
     book = None if log is None else JsonLines(log, described, "costs")
     known = {} if book is None else _known(book)
-    todo = [item for item in asked if item.key not in known]
+    share = processes.share([asked[start : start + batch_size] for start in range(0, len(asked), batch_size)])
     with tqdm(
-        total=len(asked), initial=len(known), desc=f"{method.name}: costs", disable=not progress, leave=False
+        total=sum(map(len, share)), desc=f"{method.name}: costs", disable=not (progress and processes.main), leave=False
     ) as bar:
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            fresh = _batch(vlm, batch, method, [answers[item.key].tokens for item in batch])
-            if book is not None:
-                book.add([{"id": i.key, **one._asdict()} for i, one in zip(batch, fresh, strict=True)])
-            known.update(zip((item.key for item in batch), fresh, strict=True))
+        for batch in share:
+            if todo := [item for item in batch if item.key not in known]:
+                fresh = _batch(vlm, todo, method, [answers[item.key].tokens for item in todo])
+                if book is not None:
+                    book.add([{"id": item.key, **one._asdict()} for item, one in zip(todo, fresh, strict=True)])
+                known.update(zip((item.key for item in todo), fresh, strict=True))
             bar.update(len(batch))
+    if book is not None:
+        place = {item.key: number for number, item in enumerate(asked)}
+        book.gather(lambda row: place.get(str(row["id"]), -1))
+        known = _known(book)
     return {item.key: known[item.key] for item in asked}
 
 

@@ -12,7 +12,7 @@ from steer_plugin.evaluation.actadd import ActAdd
 from steer_plugin.evaluation.asking import Method
 from steer_plugin.evaluation.benchmark import Benchmark
 from steer_plugin.evaluation.bounds import identity
-from steer_plugin.evaluation.fitting import Fitting
+from steer_plugin.evaluation.fitting import Fitting, digest
 from steer_plugin.evaluation.lineup import FITTED, ORACLES, Entry, Lineup
 from steer_plugin.intervention import Steerable
 from steer_plugin.methods import L2S, MeanSteering, SteerVLM
@@ -88,21 +88,18 @@ def _prompted(benchmark: Benchmark, lineup: Lineup) -> Entry:
 
 def _fitted(name: str, fitting: Fitting, lineup: Lineup, oracle: Shifts | None) -> list[Entry]:
     alpha = lineup.of(name)
+    if name in FITTED:
+        fitting.prepare(lineup.seeds if name == "l2s" else ())
     vectors = fitting.shifts if oracle is None or name in FITTED else oracle
     note: dict[str, JSON] = {
         "alpha": alpha, "write": lineup.write, "read": lineup.read or lineup.write, "positions": lineup.positions,
-        "shifts": _digest(vectors), **_more(name, fitting),
+        "shifts": digest(vectors), **_more(name, fitting),
     }  # fmt: skip
     make = lambda ids, seed: fitting.steering(name, ids, alpha, seed, oracle)  # noqa: E731
     own = Entry(name, _runs(name, make, note, lineup, seeded=name in ("l2s", "norm_rnd")))
     if name == "norm_rnd" or not lineup.controls:
         return [own]
     return [own, *_controls(name, make, note, lineup, seeded=name == "l2s")]
-
-
-def _digest(shifts: Shifts) -> str:
-    tensors = sha256(tensor_bytes({"vectors": shifts.vectors, "contexts": shifts.contexts}))
-    return sha256(json_bytes([tensors, shifts.ids, shifts.behaviours], "the ids of the shifts"))
 
 
 def _more(name: str, fitting: Fitting) -> dict[str, JSON]:
@@ -114,7 +111,7 @@ def _more(name: str, fitting: Fitting) -> dict[str, JSON]:
         return {}
     return {
         "preset": training.preset, "learning_rate": training.learning_rate, "hidden": fitting.lineup.hidden,
-        "neutral": None if fitting.neutral is None else _digest(fitting.neutral),
+        "neutral": None if fitting.neutral is None else digest(fitting.neutral),
         # Refitted under other versions a network is another one.
         "networks": [digest_of(fitting.network(seed)) for seed in fitting.lineup.seeds],
     }  # fmt: skip

@@ -21,6 +21,7 @@ from steer_plugin.evaluation.lineup import Lineup
 from steer_plugin.evaluation.result import Evaluation
 from steer_plugin.evaluation.runner import COSTED, Runner
 from steer_plugin.evaluation.strengths import Strengths
+from steer_plugin.processes import Processes
 
 
 def evaluate(
@@ -43,7 +44,8 @@ def evaluate(
     `strengths` chooses strengths and layers on validation items; without it those of the lineup stand. Answers are
     greedy, or drawn by `sampling`, and as long as the benchmark says, or `max_new_tokens`. Costs are measured on
     `costed` items (0 leaves them out), `seed` is that of bootstrap and permutations, and `figures` draws scores.png,
-    costs.png and calibration-*.png.
+    costs.png and calibration-*.png. Of several processes (docs/scale.md) each calls this with the same arguments and
+    gets the whole result.
 
     Raises:
         InputError: what this benchmark, model or lineup cannot do, before any work.
@@ -65,7 +67,7 @@ def evaluate(
         lineup, fitting = strengths.choose(vlm, benchmark, lineup, folder, batch_size=batch_size, progress=progress)
     made = entries(vlm, benchmark, lineup, folder, fitting=fitting, batch_size=batch_size, progress=progress)
     found = runner.run(made, _choices(lineup, strengths))
-    if figures:
+    if figures and Processes.current().main:
         from steer_plugin.evaluation.figures import write_figures
 
         write_figures(found, folder)

@@ -1,26 +1,30 @@
-"""What a benchmark's methods are fitted on: P2S shifts of its training pairs, extracted once and kept.
+"""What a benchmark's methods are fitted on: P2S shifts of its training pairs, extracted once and kept, and the fits.
 
 {out}/shifts/train    {out}/shifts/{test, validation}    the latter for P2S and Norm-Rnd alone
+{out}/fits/l2s-...    networks: fitted again, under other threads or versions, they would be others
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from steer_plugin.adapters import AttachedModel, parse_target
+from steer_plugin.artefact import sha256, tensor_bytes
+from steer_plugin.atomic import JSON, json_bytes
 from steer_plugin.contrast.pair import ContrastivePair
 from steer_plugin.errors import InputError
 from steer_plugin.evaluation.benchmark import Training
 from steer_plugin.evaluation.lineup import Lineup
 from steer_plugin.intervention import Steerable
 from steer_plugin.methods import L2S, P2S, BehaviourMeans, MeanSteering, NormRandom
+from steer_plugin.processes import Processes
 from steer_plugin.shifts import Shifts
-from steer_plugin.training.config import preset
+from steer_plugin.training.config import FitConfig, preset
 
 
 @dataclass
@@ -72,16 +76,41 @@ class Fitting:
         """Shifts of the items themselves."""
         return self._equalised(self._extract(pairs, name))
 
+    def prepare(self, seeds: Sequence[int] = ()) -> None:
+        """Extract what is fitted on, and fit the networks of some seeds: once, and on disk, for all processes.
+
+        Every process must call it before any of them asks for a steering.
+        """
+        processes, vectors = Processes.current(), self.shifts
+        for seed in [seed for seed in seeds if seed not in self._networks]:
+            folder = self._folder(vectors, seed)
+            if processes.main and not (folder / "artefact.json").is_file():
+                self._fitted(seed).save(folder)
+            processes.wait()
+            self._networks[seed] = L2S.load(folder)
+
     def network(self, seed: int) -> L2S:
         """The L2S of a seed."""
         if seed not in self._networks:
-            rate = self.training.learning_rate
-            changes = {"hidden": self.lineup.hidden} | ({} if rate is None else {"learning_rate": rate})
-            self._networks[seed] = L2S.fit(
-                self.shifts, preset(self.training.preset, **changes), neutral=self.neutral, seed=seed,
-                positions=self.lineup.positions,
-            )  # fmt: skip
+            self.prepare([seed])
         return self._networks[seed]
+
+    def _fitted(self, seed: int) -> L2S:
+        return L2S.fit(
+            self.shifts, self._config, neutral=self.neutral, seed=seed, positions=self.lineup.positions
+        )  # fmt: skip
+
+    @property
+    def _config(self) -> FitConfig:
+        rate = self.training.learning_rate
+        changes = {"hidden": self.lineup.hidden} | ({} if rate is None else {"learning_rate": rate})
+        return preset(self.training.preset, **changes)
+
+    def _folder(self, vectors: Shifts, seed: int) -> Path:
+        neutral = None if self.neutral is None else digest(self.neutral)
+        decides: list[JSON] = [asdict(self._config), digest(vectors), neutral, self.lineup.positions]
+        name = sha256(json_bytes(decides, "what decides a fit"))[:12]
+        return self.out / "fits" / f"l2s-{self.lineup.write}-{self.lineup.read or self.lineup.write}-seed{seed}-{name}"
 
     def steering(
         self,
@@ -132,3 +161,9 @@ class Fitting:
         groups = [group for group in self.training.equalise if there & set(group)]
         # The first group is the measure: without it there is nothing to be made equal to.
         return shifts.equalised(groups) if len(groups) > 1 and groups[0] == self.training.equalise[0] else shifts
+
+
+def digest(shifts: Shifts) -> str:
+    """SHA-256 of vectors, contexts, ids and behaviours."""
+    tensors = sha256(tensor_bytes({"vectors": shifts.vectors, "contexts": shifts.contexts}))
+    return sha256(json_bytes([tensors, shifts.ids, shifts.behaviours], "the ids of the shifts"))

@@ -5,7 +5,8 @@
     damage    = 1 - mean quality of the steered answers / mean quality of the unsteered ones             (QualityBound)
 
 Prompts run once (`vlm.prefix`): steerings that touch the last prompt token and the answer alone go on from there. A
-quality loss below 10 % is the bound of Learning to Steer (arXiv 2508.12815).
+quality loss below 10 % is the bound of Learning to Steer (arXiv 2508.12815). Several processes share the batches of
+items, and meet in the log.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from steer_plugin.adapters._prefix import Prefix
 from steer_plugin.atomic import JSON
-from steer_plugin.errors import FrameworkError, InputError
+from steer_plugin.errors import InputError
 from steer_plugin.evaluation.asking import Asked, distinct
 from steer_plugin.evaluation.bounds import (
     UNSTEERED,
@@ -41,12 +42,8 @@ from steer_plugin.evaluation.costs import answer_tokens, forced_logits, kl_per_r
 from steer_plugin.evaluation.intervals import Interval, Statistic, Values, bootstrap_interval, mean, paired_difference
 from steer_plugin.evaluation.task import Task
 from steer_plugin.intervention import Steerable
-from steer_plugin.jsonl import JsonLines
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-else:
-    DataFrame = object  # imported when needed; run-time type checkers look the name up
+from steer_plugin.jsonl import JsonLines, Row
+from steer_plugin.processes import Processes
 
 
 @dataclass
@@ -73,12 +70,14 @@ class Points:
     """
 
     def __init__(self, task: Task) -> None:
-        self.task = task
+        self.task, self._processes = task, Processes.current()
+        self._processes.need_folder(task.out, "choosing a strength")
         self.asked = self.ran = 0
         asked, size = distinct(task.items), task.batch_size
         self._items = [asked[start : start + size] for start in range(0, len(asked), size)]
         self._log = None if task.out is None else JsonLines(Path(task.out), task.described, "points")
-        self._rows: dict[tuple[str, float, int], dict[str, JSON]] = {}
+        self._rows: dict[tuple[str, float, int], Row] = {}
+        self._order: dict[tuple[str, float, int], int] = {}  # in which one process would come to them
         self._done: dict[Where, Point] = {}
         self._batches: dict[int, Batch] = {}
         self._last: tuple[int, Batch] | None = None
@@ -103,17 +102,10 @@ class Points:
             InputError, SiteError, PositionError: what the model cannot host, scores of another number than the items.
         """
         places = [UNSTEERED if alpha == 0 else (name, float(alpha)) for name, alpha in wanted]
-        number = sum(where not in self._done for where in places) * len(self._items)
-        bar = tqdm(total=number, desc="points", unit="batch", disable=not self.task.progress, leave=False)
-        for index in range(len(self._items)):
-            for where in [where for where in dict.fromkeys(places) if where not in self._done]:
-                if (*where, index) not in self._rows:
-                    self._run(where, index)
-                bar.update()
-        bar.close()
-        self._last = None
-        for where in dict.fromkeys(places):
-            if where not in self._done:
+        # The same in every process: all of them meet where there is anything new, and nowhere else.
+        if fresh := [where for where in dict.fromkeys(places) if where not in self._done]:
+            self._evaluate(fresh)
+            for where in fresh:
                 self._done[where] = self._point(where)
         return [self._done[where] for where in places]
 
@@ -131,6 +123,25 @@ class Points:
             gap = paired_difference(one[both], other[both], chosen, seed=self.task.seed, level=level)
             self._told[key] = (first, second, gap)
         return self._told[key][2]
+
+    def _evaluate(self, places: Sequence[Where]) -> None:
+        """Run what is not on disk of this process's batches, and take in what the others ran."""
+        share, shown = self._processes.share(range(len(self._items))), self.task.progress and self._processes.main
+        bar = tqdm(total=len(places) * len(share), desc="points", unit="batch", disable=not shown, leave=False)
+        for index in share:
+            for where in places:
+                if (*where, index) not in self._rows:
+                    self._run(where, index)
+                bar.update()
+        bar.close()
+        self._last = None
+        for index in range(len(self._items)):
+            for where in (UNSTEERED, *places):
+                self._order.setdefault((*where, index), len(self._order))
+        if self._log is not None:
+            self._log.gather(lambda row: self._order.get(_place(row), -1))
+            for row in self._log.rows:
+                self._take(row)
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -201,13 +212,13 @@ class Points:
 
     # -- rows and points -----------------------------------------------------------------------------------------
 
-    def _add(self, row: dict[str, JSON]) -> None:
+    def _add(self, row: Row) -> None:
         if self._log is not None:
             self._log.add([row])
         self._take(row)
 
-    def _take(self, row: dict[str, JSON]) -> None:
-        self._rows[str(row["name"]), float(cast("float", row["alpha"])), int(cast("int", row["batch"]))] = row
+    def _take(self, row: Row) -> None:
+        self._rows[_place(row)] = row
 
     def _values(self, where: Where, key: str) -> dict[str, JSON]:
         """One value per key of what was asked."""
@@ -270,17 +281,8 @@ class Points:
         return bootstrap_interval(values[counted], groups, statistic, seed=task.seed, level=task.level)
 
 
-def to_frame(points: Sequence[Point]) -> DataFrame:
-    """A pandas table, one row per point.
-
-    Raises:
-        FrameworkError: pandas is not installed.
-    """
-    try:
-        import pandas as pd
-    except ImportError as error:
-        raise FrameworkError("tables of points need pandas: pip install 'steer-plugin[analysis]'.") from error
-    return pd.DataFrame([point.as_json() for point in points])
+def _place(row: Row) -> tuple[str, float, int]:
+    return str(row["name"]), float(cast("float", row["alpha"])), int(cast("int", row["batch"]))
 
 
 def _loss(values: Float[np.ndarray, "row 2"], weights: Float[np.ndarray, "resample row"]) -> Values:

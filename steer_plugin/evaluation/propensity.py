@@ -27,7 +27,8 @@ from steer_plugin.contrast import ContrastivePair
 from steer_plugin.errors import InputError, JobError
 from steer_plugin.evaluation.costs import ForcedLogits, forced_logits, nll_per_row
 from steer_plugin.intervention import Steerable
-from steer_plugin.jsonl import JsonLines
+from steer_plugin.jsonl import JsonLines, Row
+from steer_plugin.processes import Processes
 
 ALPHAS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 # One steering for all inputs, or what makes one from the ids of a batch.
@@ -45,24 +46,27 @@ def propensities(
     progress: bool = True,
     out: Path | str | None = None,
 ) -> Float[np.ndarray, "input alpha"]:
-    """Measure every pair at every strength; resumable in the folder `out`.
+    """Measure every pair at every strength; resumable in the folder `out`, where several processes meet.
 
     Raises:
         InputError: no processor, no pairs or ids that repeat, fewer than two strengths, a steering that cannot be
             scaled or that changes from step to step, an opening that melts into the prompt.
         JobError: `out` holds another job, or another steering.
     """
+    processes = Processes.current()
+    processes.need_folder(out, "measuring propensities")
     strengths = _checked(vlm, pairs, alphas, batch_size)
     chunks = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     book = None if out is None else JsonLines(
         Path(out) / "propensity.jsonl", _job(vlm, steering, pairs, suffix, batch_size), "propensities"
     )  # fmt: skip
-    rows = [] if book is None else book.rows
-    known = {(str(row["id"]), cast("float", row["alpha"])): cast("float", row["m"]) for row in rows}
+    known = {} if book is None else _known(book)
     if known:
         _compare(_Batch(vlm, steering, chunks[0], suffix), known, str(out))
-    with tqdm(total=len(pairs) * len(strengths), desc="propensity", unit="pair", disable=not progress) as bar:
-        for chunk in chunks:
+    share, shown = processes.share(chunks), progress and processes.main
+    total = sum(map(len, share)) * len(strengths)
+    with tqdm(total=total, desc="propensity", unit="pair", disable=not shown) as bar:
+        for chunk in share:
             # Half a batch is done again whole: rounding is that of a run which was never interrupted.
             todo = [alpha for alpha in strengths if any((pair.id, alpha) not in known for pair in chunk)]
             batch = _Batch(vlm, steering, chunk, suffix) if todo else None
@@ -73,7 +77,20 @@ def propensities(
                     book.add([{"id": i, "alpha": a, "m": m} for (i, a), m in fresh.items() if (i, a) not in known])
                 known = {**fresh, **known}
             bar.update(len(chunk) * len(strengths))
+    if book is not None:
+        order = [(pair.id, alpha) for chunk in chunks for alpha in strengths for pair in chunk]
+        place = {one: number for number, one in enumerate(order)}
+        book.gather(lambda row: place.get(_place(row), -1))
+        known = _known(book)
     return np.array([[known[pair.id, alpha] for alpha in strengths] for pair in pairs])
+
+
+def _place(row: Row) -> tuple[str, float]:
+    return str(row["id"]), cast("float", row["alpha"])
+
+
+def _known(book: JsonLines) -> dict[tuple[str, float], float]:
+    return {_place(row): cast("float", row["m"]) for row in book.rows}
 
 
 class _Batch:

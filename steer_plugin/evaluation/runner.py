@@ -2,6 +2,8 @@
 
 {out}/answers/{method}[-seed].jsonl    {out}/verdicts/...    {out}/costs/...    {out}/shifts/...
 {out}/metrics.json    {out}/table.md    {out}/*.png
+
+Several processes share the questions, verdicts and costs; each has the whole result, and the first one writes it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from steer_plugin.evaluation.judges import Verdict, verdicts
 from steer_plugin.evaluation.lineup import Entry
 from steer_plugin.evaluation.result import Evaluation
 from steer_plugin.evaluation.seeds import SeedSummary, across
+from steer_plugin.processes import Processes
 
 COSTED = 200
 
@@ -82,8 +85,11 @@ class Runner:
                     costs[entry.name] = self._costs(entry, seed, method, answers)
             runs[entry.name] = found
         result = self._result(entries, runs, costs, provenance or {})
-        atomic_write_json(self.out / "metrics.json", result.as_json())
-        atomic_write_bytes(self.out / "table.md", result.markdown().encode())
+        processes = Processes.current()
+        if processes.main:
+            atomic_write_json(self.out / "metrics.json", result.as_json())
+            atomic_write_bytes(self.out / "table.md", result.markdown().encode())
+        processes.wait()
         return result
 
     @property

@@ -82,6 +82,8 @@ class Strengths:
             )
             for write, read in sites
         }
+        for fitting in fittings.values() if {*FITTED} & {*names} else ():
+            fitting.prepare(lineup.seeds[:1] if "l2s" in names else ())
         order, alphas = sorted(names, key=lambda name: name != "l2s"), dict[str, float]()
         for name in order:
             makers = {place: _maker(fitting, name, training.validation) for place, fitting in fittings.items()}

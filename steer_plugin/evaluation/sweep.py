@@ -18,9 +18,19 @@ from steer_plugin.analysis._figure import new_figure
 from steer_plugin.atomic import JSON
 from steer_plugin.errors import InputError
 from steer_plugin.evaluation.asking import Asked
-from steer_plugin.evaluation.bounds import UNSTEERED, Behaviour, Bound, KLBound, Point, Steered, check_number, named
+from steer_plugin.evaluation.bounds import (
+    UNSTEERED,
+    Behaviour,
+    Bound,
+    KLBound,
+    Point,
+    Steered,
+    check_number,
+    named,
+    to_frame,
+)
 from steer_plugin.evaluation.choosing import Choice, choose
-from steer_plugin.evaluation.points import Points, to_frame
+from steer_plugin.evaluation.points import Points
 from steer_plugin.evaluation.task import KEEP_BYTES, Groups, Task
 
 if TYPE_CHECKING:

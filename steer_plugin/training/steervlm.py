@@ -2,6 +2,11 @@
 
 Only the module is trained and saved. `out` holds the Trainer's checkpoints while it runs, `job.json`, and in the end
 the artefact in `out/steervlm`; the same call after a crash goes on from the last whole checkpoint, to the same weights.
+
+Rows are dealt out in one order, drawn from the seed: a step of n processes with batches of b takes the n * b rows that
+a step of one process with a batch of n * b takes, as long as n * b divides the number of rows. (Otherwise the last step
+of an epoch is filled up with rows from its beginning.) The loss is averaged over the answer tokens of the whole step,
+so the steps are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +32,7 @@ from steer_plugin.atomic import JSON, atomic_write_json
 from steer_plugin.contrast.rows import SteeringRow
 from steer_plugin.errors import InputError, JobError
 from steer_plugin.methods.steervlm import SteerVLM
+from steer_plugin.processes import Processes
 from steer_plugin.training.steervlm_config import SteerVLMTraining
 from steer_plugin.training.trainee import Collator, Trainee, frozen, processor_of, thawed
 
@@ -42,16 +49,21 @@ def train_steervlm(
 ) -> SteerVLM:
     """Train a module in place on rows (picture, task, p+, p-, answer) and return it frozen, with its report.
 
+    Of several processes each calls this and gets the same weights; the first one saves them.
+
     Raises:
         InputError: no rows, no processor, rows without room for an answer, a module of another model.
-        JobError: `out` holds another training.
+        JobError: `out` holds another training, or another process has ended.
     """
+    processes = Processes.current()
     chosen = SteerVLMTraining() if training is None else training
     _check(vlm, rows, steering, chosen)
     job = _job(vlm, rows, steering, chosen, seed)
+    if processes.several:
+        job["processes"] = processes.count
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()) if out is None else out)
-        last = _resumable(folder, job)
+        last = _resumable(folder, job, processes if out is not None else Processes())
         stack.callback(thawed, vlm, frozen(vlm))
         steering.module.requires_grad_(True).train()
         stack.callback(lambda: steering.module.requires_grad_(False).eval())
@@ -78,8 +90,9 @@ def train_steervlm(
     made = SteerVLM(
         steering.module, positions=steering.positions, alpha=steering.alpha, model=vlm.parts.identity(), report=report
     )
-    if out is not None and trainer.is_world_process_zero():
+    if out is not None and processes.main:
         made.save(Path(out) / "steervlm")
+    processes.wait()
     return made
 
 
@@ -129,7 +142,7 @@ def _job(
     }
 
 
-def _resumable(folder: Path, job: Mapping[str, JSON]) -> Path | None:
+def _resumable(folder: Path, job: Mapping[str, JSON], processes: Processes) -> Path | None:
     """Return the last whole checkpoint of this very job, if there is one; half-written ones are removed.
 
     Raises:
@@ -145,16 +158,22 @@ def _resumable(folder: Path, job: Mapping[str, JSON]) -> Path | None:
                 f"{folder} holds another training (its {', '.join(differing)} differ); give another folder, or "
                 "remove this one."
             )
-    else:
-        atomic_write_json(path, dict(job))
-    whole: dict[int, Path] = {}
-    for checkpoint in folder.glob("checkpoint-*"):
-        # Written last, so a checkpoint that has it is whole.
-        if _readable(checkpoint / "trainer_state.json"):
-            whole[int(checkpoint.name.rsplit("-", 1)[1])] = checkpoint
-        else:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-    return whole[max(whole)] if whole else None
+    if processes.main:
+        if not path.is_file():
+            atomic_write_json(path, dict(job))
+        for checkpoint in folder.glob("checkpoint-*"):
+            if not _whole(checkpoint, processes.count):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+    processes.wait()
+    numbers = {int(checkpoint.name.rsplit("-", 1)[1]): checkpoint for checkpoint in folder.glob("checkpoint-*")}
+    processes.wait()  # nobody may begin a checkpoint while another still looks for the last one
+    return numbers[max(numbers)] if numbers else None
+
+
+def _whole(checkpoint: Path, count: int) -> bool:
+    """Whether every process had written its part: the first one ends with the state, the others write random states."""
+    randoms = [checkpoint / f"rng_state_{index}.pth" for index in range(count)] if count > 1 else []
+    return _readable(checkpoint / "trainer_state.json") and all(zipfile.is_zipfile(path) for path in randoms)
 
 
 def _readable(path: Path) -> bool:
@@ -168,7 +187,7 @@ def _readable(path: Path) -> bool:
 def _arguments(
     folder: Path, training: SteerVLMTraining, seed: int, device: torch.device, *, progress: bool
 ) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=training.steps,
         per_device_train_batch_size=training.batch_size,
@@ -191,4 +210,9 @@ def _arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=0,
+        # What is wrapped is the module alone, and every part of it takes part in every step.
+        ddp_find_unused_parameters=False,
     )
+    # One process has one module, however many GPUs its frozen model lies on: no replicas (torch's DataParallel).
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]
+    return arguments

@@ -16,7 +16,7 @@ class SteerVLMTraining:
 
     Attributes:
         steps: optimiser steps.
-        batch_size: rows of each step and process.
+        batch_size: rows of each step and process: n processes take n times as many per step.
         accumulate: batches whose gradients add up to one step.
         learning_rate, warmup: peak of a cosine schedule, and the share of the steps that leads up to it.
         weight_decay, max_grad_norm: AdamW's decay, and the norm that gradients are clipped to.

@@ -111,6 +111,13 @@ def test_flat_rows_and_packed_rows_give_the_same(vlm, monkeypatch: pytest.Monkey
     torch.testing.assert_close(fast.contexts, plain.contexts, rtol=1e-4, atol=1e-5)
 
 
+def test_openings_of_the_same_tokens_differ_by_nothing_at_all(vlm):
+    pairs = [ContrastivePair("p", (picture(0),), "w10", "one", "two"), *pairs_on([picture(1)])]
+    shifts = vlm.extract(pairs, "resid_post.2", batch_size=2, progress=False)
+    assert not shifts.vectors[0].any(), "neither word is known: both are <unk>"
+    assert shifts.vectors[1].any()
+
+
 def test_batches_back_off_when_memory_runs_out(vlm, monkeypatch: pytest.MonkeyPatch):
     from steer_plugin.adapters._extract import Extraction
 

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import _forked
 import pytest
 
 JOB = Path(__file__).with_name("_eval_job.py")
-PACKAGE = JOB.parents[2]
 # Stage, and how many of them have begun when the process dies; each process goes on where the last one died.
 MOMENTS = (("asking", 2), ("judging", 1), ("costs", 1), ("writing", 9))
 FILES = ["mine-random-seed0", "mine-random-seed1", "mine-swapped", "mine", "none"]
-
-
-def start(out: Path, pause: float) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(JOB), str(out), str(pause)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
 
 
 def rows(path: Path) -> list[dict[str, object]]:
@@ -36,18 +26,16 @@ def rows(path: Path) -> list[dict[str, object]]:
 @pytest.mark.slow
 def test_killed_again_and_again_nothing_is_lost_or_doubled(tmp_path: Path):
     whole, killed, moments = tmp_path / "whole", tmp_path / "killed", random.Random(3)
-    with start(whole, 0) as job:
-        assert job.wait(timeout=300) == 0, job.communicate()[1]
+    _forked.start(JOB, whole, 0).finish()
     reached = 0
     for stage, count in MOMENTS:
-        with start(killed, 0.02) as job:
-            assert job.stdout is not None
+        with _forked.start(JOB, killed, 0.02) as job:
             for line in job.stdout:
                 count -= line.strip() == stage
                 if not count:
                     break
             else:
-                pytest.fail(f"no {stage} was left: {job.communicate()[1]}")
+                pytest.fail(f"no {stage} was left: {job.errors}")
             time.sleep(moments.uniform(0, 0.03))
             job.send_signal(signal.SIGKILL)
             assert job.wait(timeout=60) == -signal.SIGKILL
@@ -55,11 +43,9 @@ def test_killed_again_and_again_nothing_is_lost_or_doubled(tmp_path: Path):
         size = sum(path.stat().st_size for path in killed.rglob("*.jsonl"))
         assert size >= reached
         reached = size
-    with start(killed, 0) as job:
-        said = job.communicate(timeout=300)
-        assert job.returncode == 0, said[1]
+    said = _forked.start(JOB, killed, 0).finish()
     # What was done before is not done again.
-    assert said[0].count("asking") < 3 * len(FILES)
+    assert said.count("asking") < 3 * len(FILES)
     for folder, name, count in (("answers", "", 12), ("verdicts", "lengths-", 12), ("costs", "", 9)):
         logs = sorted(path.stem for path in (killed / folder).iterdir())
         assert logs == sorted(name + file for file in FILES if folder != "costs" or file != "mine-random-seed1")

@@ -15,6 +15,7 @@ from steer_plugin.atomic import JSON
 from steer_plugin.errors import InputError, JobError
 from steer_plugin.evaluation.judges.base import Judge, Judged, Verdict
 from steer_plugin.jsonl import JsonLines
+from steer_plugin.processes import Processes
 
 
 class VerdictLog:
@@ -26,13 +27,12 @@ class VerdictLog:
 
     def __init__(self, path: Path, job: Mapping[str, JSON]) -> None:
         self._lines = JsonLines(path, job, "verdicts")
-        self._known: dict[str, tuple[str, Verdict]] = {}
-        try:
-            for row in self._lines.rows:
-                verdict = Verdict.from_json(row)
-                self._known[verdict.id] = (str(row["item"]), verdict)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._lines.broken(error) from error
+        self._known = self._read()
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """Every verdict by its item's id."""
+        return {one: verdict for one, (_, verdict) in self._known.items()}
 
     def find(self, item: Judged) -> Verdict | None:
         """Return the verdict on an item, or None.
@@ -57,6 +57,19 @@ class VerdictLog:
         for digest, one in zip(digests, verdicts, strict=True):
             self._known[one.id] = (digest, one)
 
+    def gather(self, ids: Sequence[str]) -> None:
+        """Wait for all processes, each of which calls this, and hold the verdicts of all: one file, in this order."""
+        place = {one: number for number, one in enumerate(ids)}
+        self._lines.gather(lambda row: place.get(str(row["id"]), -1))
+        self._known = self._read()
+
+    def _read(self) -> dict[str, tuple[str, Verdict]]:
+        try:
+            found = [(str(row["item"]), Verdict.from_json(row)) for row in self._lines.rows]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._lines.broken(error) from error
+        return {verdict.id: (digest, verdict) for digest, verdict in found}
+
 
 def verdicts(
     judge: Judge,
@@ -68,31 +81,46 @@ def verdicts(
 ) -> list[Verdict]:
     """Judge every item once; return a verdict for each, in order; resumable when `log` is given.
 
-    `job` is what else the log shall belong to (the method or the model that answered).
+    `job` is what else the log shall belong to (the method or the model that answered). Several processes share the
+    batches and need a log; each calls this and gets all verdicts.
 
     Raises:
-        InputError: no items, or one id for two things.
+        InputError: no items, one id for two things, or several processes without a log.
         JobError: `log` belongs to another job; the judge's own errors leave every earlier verdict in the log.
     """
+    processes = Processes.current()
+    processes.need_folder(log, "judging")
     asked = _distinct(items)
     described: dict[str, JSON] = {"judge": judge.name, "settings": judge.settings(), "job": dict(job or {})}
     book = None if log is None else VerdictLog(log, described)
     known = {} if book is None else {item.id: one for item in asked if (one := book.find(item)) is not None}
-    todo = [item for item in asked if item.id not in known]
-    with tqdm(total=len(asked), initial=len(known), desc=judge.name, disable=not progress, leave=False) as bar:
-        for start in range(0, len(todo), judge.batch_size):
-            batch = todo[start : start + judge.batch_size]
-            said = judge.judge(batch)
-            if [one.id for one in said] != [item.id for item in batch]:
-                raise InputError(
-                    f"judge {judge.name!r} gave verdicts on {[one.id for one in said]}, expected one on each of "
-                    f"{[item.id for item in batch]}, in order."
-                )
-            if book is not None:
-                book.add(batch, said)
-            known.update({one.id: one for one in said})
+    size = judge.batch_size
+    share = processes.share([asked[start : start + size] for start in range(0, len(asked), size)])
+    with tqdm(
+        total=sum(map(len, share)), desc=judge.name, disable=not (progress and processes.main), leave=False
+    ) as bar:
+        for batch in share:
+            # Of half a batch the rest alone: a verdict may cost money.
+            if todo := [item for item in batch if item.id not in known]:
+                said = _judged(judge, todo)
+                if book is not None:
+                    book.add(todo, said)
+                known.update({one.id: one for one in said})
             bar.update(len(batch))
+    if book is not None:
+        book.gather([item.id for item in asked])
+        known = book.verdicts
     return [known[item.id] for item in items]
+
+
+def _judged(judge: Judge, batch: Sequence[Judged]) -> list[Verdict]:
+    said = judge.judge(batch)
+    if [one.id for one in said] != [item.id for item in batch]:
+        raise InputError(
+            f"judge {judge.name!r} gave verdicts on {[one.id for one in said]}, expected one on each of "
+            f"{[item.id for item in batch]}, in order."
+        )
+    return said
 
 
 def _distinct(items: Sequence[Judged]) -> list[Judged]:
