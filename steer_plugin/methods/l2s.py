@@ -106,7 +106,7 @@ class L2S(HubArtefact, Steerable):
         positions: Positions | str = "paper",
         alpha: Alpha = 1.0,
     ) -> L2S:
-        """Fit the network on P2S shifts; `config` is a preset ("pope", "safety", "mse") or a FitConfig.
+        """Fit the network on P2S shifts; `config` is a preset ("pope", "safety", "fast", "mse") or a FitConfig.
 
         `neutral`: inputs to be left alone (harmless requests, say), as contexts or as shifts whose vectors are not
         looked at. The network learns the zero vector for them; fitted on inputs that all need steering it has no
@@ -116,7 +116,7 @@ class L2S(HubArtefact, Steerable):
             InputError: unknown preset, too few samples, values that are not finite, neutral contexts of another model
                 or site.
         """
-        # Imported here: fitting needs scikit-learn, steering with a fitted network does not.
+        # Imported here: what only steers with a fitted network need not load it.
         from steer_plugin.training.l2s import fit_network
 
         fitted = shifts if neutral is None else shifts.with_neutral(neutral)

@@ -1,1 +1,1 @@
-"""Fitting: pure torch and scikit-learn, no framework."""
+"""Fitting: pure torch, no framework."""

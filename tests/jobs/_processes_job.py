@@ -92,7 +92,7 @@ def extracting(killed: Path) -> None:
     def shifts(self: Extraction, batch: Any) -> Any:
         seen.append(1)
         if len(seen) == 2:
-            while not (killed / "shifts" / "shard-0001-000000.safetensors").exists():
+            while not (killed / "shifts" / "shard-1-000000.safetensors").exists():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return extract(self, batch)
