@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import _forked
 import numpy as np
 import pytest
 from _tiny import draw
@@ -378,18 +378,15 @@ def test_a_killed_process_is_taken_up(tmp_path: Path) -> None:
         print([p.where for p in found.curve], [p.damage.value for p in found.curve], found.alpha)
     """)
     here, path, whole = Path(__file__).parent, tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
-    call = [sys.executable, "-c", script]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parents[1])])}
-    running = subprocess.Popen([*call, str(path), str(here)], env=env, stdout=subprocess.DEVNULL)
-    while running.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 4):
-        pass
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
+    job = tmp_path / "job.py"
+    job.write_text(script)
+    with _forked.start(job, path, here) as running:
+        while running.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 4):
+            time.sleep(0.001)
+        running.send_signal(signal.SIGKILL)
+        running.wait()
     lines = path.read_bytes().count(b"\n")
-    resumed, straight = (
-        subprocess.run([*call, str(one), str(here)], env=env, capture_output=True, text=True, check=True).stdout
-        for one in (path, whole)
-    )
+    resumed, straight = (_forked.start(job, one, here).finish() for one in (path, whole))
     assert resumed == straight
     assert 4 <= lines < path.read_bytes().count(b"\n") == whole.read_bytes().count(b"\n")
 

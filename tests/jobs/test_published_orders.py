@@ -25,7 +25,9 @@ def existence(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def safety(tmp_path_factory):
-    part = SafetyConfig(train_pictures=240, validation_pictures=40, test_pictures=120, layers=((1, 3),))
+    part = SafetyConfig(
+        train_pictures=240, validation_pictures=40, test_pictures=80, layers=((1, 3),), alphas=(0.25, 0.35, 0.5)
+    )
     config = DemoConfig(seed=WORLD, existence=None, safety=part, captions=None)
     result = run_demo(tmp_path_factory.mktemp("safety"), config, progress=False).safety
     return {name: {metric: found.value for metric, found in row.items()} for name, row in result.scores.items()}, result
@@ -33,7 +35,9 @@ def safety(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory):
-    part = CaptionConfig(train_pictures=300, validation_pictures=80, test_pictures=200, layers=((2, 3),))
+    part = CaptionConfig(
+        train_pictures=300, validation_pictures=80, test_pictures=200, layers=((2, 3),), alphas=(0.1, 0.2, 0.5)
+    )
     config = DemoConfig(seed=WORLD, existence=None, safety=None, captions=part)
     result = run_demo(tmp_path_factory.mktemp("captions"), config, progress=False).captions
     return {name: {metric: found.value for metric, found in row.items()} for name, row in result.scores.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import _forked
 import pytest
 import torch
 from torch import Tensor
@@ -120,23 +120,26 @@ def test_a_folder_holds_one_training(tmp_path: Path):
             sp.SteerVLM.fit(vlm(), **asked, out=tmp_path, progress=False)
 
 
-def job(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> list[str]:
-    return [sys.executable, *launcher, str(JOB), str(folder), *options]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves that nothing stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    _forked.start(JOB, folder).finish()
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("until", [2, 6])
-def test_killed_and_resumed(tmp_path: Path, until: int):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(job(whole), check=True, capture_output=True)
-    process = subprocess.Popen(job(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (killed / f"checkpoint-{until}").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+def test_killed_and_resumed(whole: Path, tmp_path: Path, until: int):
+    killed = tmp_path / "killed"
+    with _forked.start(JOB, killed) as job:
+        deadline = time.monotonic() + 120
+        while not (killed / f"checkpoint-{until}").exists() and time.monotonic() < deadline and job.poll() is None:
+            time.sleep(0.001)
+        job.send_signal(signal.SIGKILL)
+        assert job.wait() == -signal.SIGKILL
     assert not (killed / "steervlm").exists(), "the run had ended before it was killed"
-    subprocess.run(job(killed), check=True, capture_output=True)
+    _forked.start(JOB, killed).finish()
     first, second = (sp.SteerVLM.load(folder / "steervlm") for folder in (whole, killed))
     for name, value in weights(first).items():
         assert torch.equal(weights(second)[name], value), name
@@ -145,10 +148,10 @@ def test_killed_and_resumed(tmp_path: Path, until: int):
 
 @pytest.mark.slow
 def test_a_half_written_checkpoint_is_thrown_away(tmp_path: Path):
-    subprocess.run(job(tmp_path, "--steps", "4"), check=True, capture_output=True)
+    _forked.start(JOB, tmp_path, "--steps", "4").finish()
     expected = weights(sp.SteerVLM.load(tmp_path / "steervlm"))
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"half')
-    subprocess.run(job(tmp_path, "--steps", "4"), check=True, capture_output=True)
+    _forked.start(JOB, tmp_path, "--steps", "4").finish()
     for name, value in weights(sp.SteerVLM.load(tmp_path / "steervlm")).items():
         assert torch.equal(value, expected[name])
 
@@ -156,16 +159,15 @@ def test_a_half_written_checkpoint_is_thrown_away(tmp_path: Path):
 @pytest.mark.slow
 def test_two_processes_and_accumulation_give_one_gradient(tmp_path: Path):
     """Eight rows at once, twice four, and four in each of two gloo processes; answers differ in length."""
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
     found: list[list[Tensor]] = []
-    for name, options, launcher in (
-        ("one", ("--batch", "8"), ()),
-        ("accumulated", ("--batch", "4", "--accumulate", "2"), ()),
-        ("two", ("--batch", "4"), torchrun),
-    ):
+    for name, *options in (("one", "--batch", "8"), ("accumulated", "--batch", "4", "--accumulate", "2"), ("two",)):
         path = tmp_path / f"{name}.pt"
-        command = job(tmp_path / name, "--steps", "1", "--gradients", str(path), *options, launcher=launcher)
-        subprocess.run(command, check=True, capture_output=True)
+        words = [str(tmp_path / name), "--steps", "1", "--gradients", str(path), *options]
+        if name == "two":
+            subprocess.run([*torchrun, str(JOB), *words, "--batch", "4"], check=True, capture_output=True)
+        else:
+            _forked.start(JOB, *words).finish()
         found.append(torch.load(path, weights_only=True))
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):

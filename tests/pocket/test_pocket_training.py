@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import _forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -125,16 +123,12 @@ training.train(5, Path(sys.argv[1]), progress=False, **small)
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["see", "clean", "biased"])
 def test_a_killed_run_goes_on_to_the_same_weights(trained: Path, tmp_path: Path, stage: str) -> None:
-    out = tmp_path / "killed"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    child = subprocess.Popen([sys.executable, "-c", _CHILD, str(out)], env=environment)
-    try:
+    out, script = tmp_path / "killed", tmp_path / "job.py"
+    script.write_text(_CHILD)
+    with _forked.start(script, out) as child:
         until = time.monotonic() + 120
         while not list(out.glob(f"running-{stage}-*")) and child.poll() is None and time.monotonic() < until:
             time.sleep(0.002)
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
     assert child.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     assert not (out / "model.safetensors").exists()
     tiny(out)
