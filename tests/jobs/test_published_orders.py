@@ -18,7 +18,7 @@ WORLD = 23
 
 @pytest.fixture(scope="module")
 def existence(tmp_path_factory):
-    part = ExistenceConfig(train_pictures=500, test_pictures=300, layers=((1, 2), (2, 3)), alphas=(1.0, 2.0, 4.0))
+    part = ExistenceConfig(train_pictures=500, test_pictures=300, layers=((2, 3),), alphas=(1.0, 2.0, 4.0))
     config = DemoConfig(seed=WORLD, existence=part, safety=None, captions=None)
     return run_demo(tmp_path_factory.mktemp("existence"), config, progress=False).existence
 
