@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from steer_plugin.adapters._collect import Collection, Kept, Prompted
+from steer_plugin.adapters._collect import Collection, Kept
 from steer_plugin.adapters._extract import Extraction
-from steer_plugin.adapters._plan import SAMPLED_TOKENS, Pair, Plan, parse_batch_size, parse_target
+from steer_plugin.adapters._plan import SAMPLED_TOKENS, Pair, Plan, Prompted, parse_batch_size, parse_target
 from steer_plugin.adapters._prefix import PrefixedModel
 from steer_plugin.errors import InputError
 from steer_plugin.positions import Positions

@@ -10,11 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
-from PIL import Image
 from transformers import ProcessorMixin
 
 from steer_plugin.adapters._batches import Size
@@ -23,6 +20,7 @@ from steer_plugin.adapters._bulk import Bulk, Rows
 from steer_plugin.adapters._gathered import Gathered, Pick
 from steer_plugin.adapters._nodes import Node
 from steer_plugin.adapters._parts import ModelParts
+from steer_plugin.adapters._plan import Prompted
 from steer_plugin.adapters._shared import Shared, shared_prompts
 from steer_plugin.adapters._taps import Ends, Taps
 from steer_plugin.adapters._tree import selected
@@ -33,19 +31,6 @@ from steer_plugin.positions import Positions
 from steer_plugin.sites import Site
 
 REDUCTIONS = ("mean", "none")
-
-
-@runtime_checkable
-class Prompted(Protocol):
-    """A named prompt with its pictures: `sp.Prompt`, or a contrastive pair, whose own prompt is run."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def images(self) -> Sequence[Image.Image | Path]: ...
-    @property
-    def prompt(self) -> str: ...
-    def load_images(self) -> tuple[Image.Image, ...]: ...
 
 
 @dataclass(frozen=True)

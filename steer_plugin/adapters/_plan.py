@@ -34,8 +34,8 @@ def parse_target(name: str) -> Target:
 
 
 @runtime_checkable
-class Pair(Protocol):
-    """What extraction needs of a contrastive pair (see `steer_plugin.contrast.ContrastivePair`)."""
+class Prompted(Protocol):
+    """A named prompt with its pictures: `sp.Prompt`, or a contrastive pair, whose own prompt is run."""
 
     @property
     def id(self) -> str: ...
@@ -43,6 +43,13 @@ class Pair(Protocol):
     def images(self) -> Sequence[Image.Image | Path]: ...
     @property
     def prompt(self) -> str: ...
+    def load_images(self) -> tuple[Image.Image, ...]: ...
+
+
+@runtime_checkable
+class Pair(Prompted, Protocol):
+    """What extraction needs of a contrastive pair (see `steer_plugin.contrast.ContrastivePair`)."""
+
     @property
     def positive(self) -> str: ...
     @property
@@ -53,7 +60,6 @@ class Pair(Protocol):
     def behaviour(self) -> str: ...
     @property
     def user_text(self) -> str: ...
-    def load_images(self) -> tuple[Image.Image, ...]: ...
 
 
 def parse_batch_size(size: int | str) -> int | None:
