@@ -1,6 +1,7 @@
-"""Draw benchmarks/results/overhead.json: what each way to steer costs, as a ratio to its baseline.
+r"""Draw what each way to steer costs, as a ratio to its baseline: all arms in turn, and pairs back to back.
 
-python benchmarks/overhead_figure.py benchmarks/results/overhead.json docs/figures/overhead.png
+python benchmarks/overhead_figure.py benchmarks/results/overhead.json benchmarks/results/overhead_pairs.json \
+    docs/figures/overhead.png
 """
 
 from __future__ import annotations
@@ -21,19 +22,39 @@ ROWS = (
     ("lens_ours / lens_empty", "ours, TransformerLens / empty bridge"),
 )
 COLUMNS = (("forward_s", "forward"), ("first_token_s", "first token"), ("token_s", "each further token"))
-COLOURS = {("pocket", 1): "#9ecae1", ("pocket", 8): "#4292c6", ("random", 1): "#fc9272", ("random", 8): "#cb181d"}
+LOOKS = {
+    ("pocket", 1, False): ("0.75", "o"), ("pocket", 8, False): ("0.6", "s"), ("random", 1, False): ("#b5622b", "D"),
+    ("random", 8, False): ("#c9a227", "^"), ("random", 1, True): ("#1f3b5c", "v"),
+}  # fmt: skip
 
 
-def draw(result: dict[str, Any]) -> Any:
+def label_of(run: dict[str, Any]) -> str:
+    """Say of a run what it ran, and how many pairs its medians stand on."""
+    pairs = len(next(iter(run["ratios"].values()))["token_s"]["each"])
+    way = "pairs back to back" if run["close"] else "pairs, all arms in turn"
+    return f"{run['model']}, d_model {run['d_model']}, batch {run['batch']}: {pairs} {way}"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the runs of either benchmark."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["benchmark"] == "overhead":
+        return [{**run, "close": False} for run in found["runs"] if run.get("ratios")]
+    model, batch = found["config"]["block"].split(":")
+    return [{**found, "model": model, "batch": int(batch), "close": True}]
+
+
+def draw(runs: Sequence[dict[str, Any]]) -> Any:
     """Return the figure: medians of the paired ratios with their 95 % intervals, one panel for each measure."""
-    figure = new_figure(9.0, 4.2)
+    figure = new_figure(9.0, 5.0)
     panels = figure.subplots(1, len(COLUMNS), sharey=True)
-    runs = [run for run in result["runs"] if run.get("ratios")]
     for panel, (measure, title) in zip(panels, COLUMNS, strict=True):
         panel.axvline(1.0, color="0.6", linewidth=0.8)
         for number, run in enumerate(runs):
             shown = [
-                (place, run["ratios"][pair][measure]) for place, (pair, _) in enumerate(ROWS) if pair in run["ratios"]
+                (place, run["ratios"][pair][measure])
+                for place, (pair, _) in enumerate(ROWS)
+                if measure in run["ratios"].get(pair, {})
             ]
             heights = [place + 0.16 * (number - (len(runs) - 1) / 2) for place, _ in shown]
             middles = [one["median"] for _, one in shown]
@@ -41,10 +62,8 @@ def draw(result: dict[str, Any]) -> Any:
                 [one["median"] - one["low"] for _, one in shown],
                 [one["high"] - one["median"] for _, one in shown],
             ]
-            repeats = len(run["times"]["unsteered"])
-            label = f"{run['model']}, d_model {run['d_model']}, batch {run['batch']} ({repeats} pairs)"
-            colour = COLOURS.get((run["model"], run["batch"]), "0.3")
-            panel.errorbar(middles, heights, xerr=spread, fmt="o", color=colour, markersize=4, label=label)
+            colour, marker = LOOKS.get((run["model"], run["batch"], run["close"]), ("0.3", "o"))
+            panel.errorbar(middles, heights, xerr=spread, fmt=marker, color=colour, markersize=4, label=label_of(run))
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("time, ratio", fontsize=9)
         panel.tick_params(labelsize=8)
@@ -57,12 +76,12 @@ def draw(result: dict[str, Any]) -> Any:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Read the one, write the other."""
+    """Read the results, write the figure."""
     arguments = sys.argv[1:] if given is None else given
-    if len(arguments) != 2:
-        raise SystemExit("usage: overhead_figure.py RESULT.json FIGURE.png")
-    source, target = (Path(one) for one in arguments)
-    draw(json.loads(source.read_text(encoding="utf-8"))).savefig(target, dpi=150)
+    if len(arguments) < 2:
+        raise SystemExit("usage: overhead_figure.py RESULT.json [MORE.json] FIGURE.png")
+    *sources, target = (Path(one) for one in arguments)
+    draw([run for source in sources for run in read(source)]).savefig(target, dpi=150)
     return 0
 
 

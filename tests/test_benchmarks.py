@@ -157,3 +157,30 @@ def test_gpu_ratios_are_those_of_the_raw_times(tiny_gpu: dict[str, Any]):
     assert all(f"{arm} / unsteered" in runs["torch"]["ratios"] for arm in STAGES["torch"][1][1:])
     assert "nnsight_ours / nnsight_empty" in runs["nnsight"]["ratios"]
     assert "transformer_lens_ours / transformer_lens_empty" in runs["transformer_lens"]["ratios"]
+
+
+def test_overhead_in_pairs(tmp_path: Path):
+    """All ways agree on what they steer before they are timed; the figure draws what was found."""
+    out, figure = tmp_path / "pairs.json", tmp_path / "overhead.png"
+    options = f"--block pocket:1 --rounds 2 --tokens 3 --out {out}"
+    for command in (
+        ["benchmarks/overhead_pairs.py", *options.split()],
+        ["benchmarks/overhead_figure.py", str(out), str(figure)],
+    ):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["agreement"]["same_vector_same_tokens"]
+    assert found["agreement"]["strength_0_is_unsteered"]
+    pairs = {
+        "torch_ours / unsteered",
+        "l2s_late_read / unsteered",
+        "nnsight_ours / nnsight_empty",
+        "lens_ours / lens_empty",
+    }
+    assert pairs < set(found["ratios"])
+    for name, (ours, other) in found["times"].items():
+        each = [a["token_s"] / b["token_s"] for a, b in zip(ours, other, strict=True)]
+        assert found["ratios"][name]["token_s"]["each"] == pytest.approx(each)
+        assert len(each) == 2
+    assert figure.read_bytes().startswith(b"\x89PNG")

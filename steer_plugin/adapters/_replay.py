@@ -101,6 +101,8 @@ def _can_replay(run: Run, forward: Forward, kwargs: dict[str, object]) -> bool:
         return False
     touched = [run.writes[index].positions for index in run.late]
     touched += [read.positions for i, write in enumerate(run.writes) if i not in run.late for read in write.reads]
+    # Taps are not told of context passes: what they want of other columns has to run in the main pass.
+    touched += [tap.positions for tap in run.taps if not tap.site.in_vision]
     final = (call.width - 1, call.width, True)
     chosen = [call.chosen(positions) for positions in touched]
     return all((one.first, one.stop, one.whole) == final for one in chosen)

@@ -85,6 +85,7 @@ def per_token(generate: Callable[..., object]) -> Ops:
 
 def added(vlm: Any, steering: Any, **options: Any) -> tuple[dict[str, float], dict[str, float]]:
     """Tensors allocated and looks of the host per decoded token, beyond those of the unsteered model."""
+    vlm.root.generate(**INPUTS, max_new_tokens=6, do_sample=False, **options)  # what is made once in a process
     plain = per_token(lambda **inputs: vlm.root.generate(**inputs, **options))
     steered = per_token(lambda **inputs: vlm.generate(**inputs, **options, steering=steering))
     steered.made.subtract(plain.made)
