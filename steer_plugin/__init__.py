@@ -5,6 +5,7 @@ vlm = sp.attach(model, processor)
 ids = vlm.generate(**inputs, steering=sp.L2S.load("l2s/") * 1.5, max_new_tokens=32)
 """
 
+from steer_plugin import analysis as analysis
 from steer_plugin import pocket as pocket
 from steer_plugin.activations import Activations
 from steer_plugin.adapters import AttachedModel, CheckReport, attach
@@ -119,6 +120,7 @@ __all__ = [
     "Sweep",
     "Write",
     "add",
+    "analysis",
     "attach",
     "attn_out",
     "attn_raw",

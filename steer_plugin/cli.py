@@ -26,8 +26,14 @@ from steer_plugin.processes import Processes
 from steer_plugin.shifts import Shifts
 
 SHARED = ("extract", "collect", "eval", "train")  # what several processes can work at together
+EXAMPLE = """Example, on the small model of the package (nothing is downloaded):
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=(
+steer-plugin extract --pairs pocket --write resid_post.2 --out shifts
+steer-plugin fit --shifts shifts --learning-rate 1e-3 --alpha 2 --out l2s
+steer-plugin eval pope --steering l2s --pictures 50 --out pope-out
+"""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EXAMPLE, help=(
     "Steer vision-language models: extract P2S vectors, fit Learning to Steer, steer your own pictures, evaluate."
 ))  # fmt: skip
 app.add_typer(eval_app, name="eval")
@@ -84,7 +90,7 @@ def fit(
     shifts: Annotated[Path, typer.Option(help="Folder that `extract` wrote.")],
     out: Out = Path("steering"),
     method: Annotated[str, typer.Option(help="l2s or mean.")] = "l2s",
-    preset: Annotated[str, typer.Option(help="pope or safety (the authors' code), mse (the paper).")] = "pope",
+    preset: Annotated[str, typer.Option(help="pope, safety (the authors' code), mse (the paper), fast.")] = "pope",
     learning_rate: Annotated[float | None, typer.Option(help="Instead of the preset's.")] = None,
     hidden: Annotated[int, typer.Option(help="Hidden units of the network.")] = 100,
     alpha: Annotated[float, typer.Option(help="Strength that the saved steering carries.")] = 1.0,
@@ -120,11 +126,12 @@ def steer(
     alpha: Annotated[float | None, typer.Option(help="Strength; the saved one by default.")] = None,
     p_plus: Annotated[str | None, typer.Option(help="Target prompt, for SteerVLM.")] = None,
     p_minus: Annotated[str | None, typer.Option(help="Converse prompt, for SteerVLM.")] = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
 ) -> None:
-    """Ask one question about one picture, unsteered and steered side by side.
+    r"""Ask one question about one picture, unsteered and steered side by side.
 
-    Example: steer-plugin steer --image photo.jpg --question "Is there a dog in the image?" --steering l2s
+    Example: steer-plugin steer --image photo.jpg --steering l2s \
+      --question "Is there a dog in the image?"
     """
     from steer_plugin.loading import load_model
 

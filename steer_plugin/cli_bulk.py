@@ -41,9 +41,10 @@ def extract(
     batch_size: BatchSize = "16",
     seed: Seed = 0,
 ) -> None:
-    """Extract P2S vectors and contexts from contrastive pairs.
+    r"""Extract P2S vectors and contexts from contrastive pairs.
 
-    Example: steer-plugin extract --model llava-hf/llava-1.5-7b-hf --pairs pairs.jsonl --write resid_post.14
+    Example: steer-plugin extract --model llava-hf/llava-1.5-7b-hf \
+      --pairs pairs.jsonl --write resid_post.14 --out shifts
     """
     from steer_plugin.adapters import parse_target
     from steer_plugin.loading import load_model
@@ -76,9 +77,10 @@ def collect(
     batch_size: BatchSize = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Keep activations of the pairs' prompts, without their completions, in a store.
+    r"""Keep activations of the pairs' prompts, without their completions, in a store.
 
-    Example: steer-plugin collect --pairs pocket --site resid_post.2 --site resid_post.5 --positions image
+    Example: steer-plugin collect --pairs pocket --site resid_post.1 \
+      --site resid_post.2 --positions image --out acts
     """
     from steer_plugin.loading import load_model
 

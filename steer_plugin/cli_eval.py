@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from steer_plugin.evaluation.lineup import Lineup
     from steer_plugin.evaluation.strengths import Strengths
 
-eval_app = typer.Typer(no_args_is_help=True, help="Evaluate steering methods on a benchmark, beside their controls.")
+eval_app = typer.Typer(
+    no_args_is_help=True,
+    help="Evaluate steering methods on a benchmark, beside their controls.",
+    epilog="Example: steer-plugin eval pope --data pocket --methods none,mean,l2s --out pope-out",
+)
 
 Out = Annotated[Path, typer.Option(help="Output folder; a run that was interrupted resumes in it.")]
 Model = Annotated[str, typer.Option(help="'pocket', a model folder, or a hub id.")]
@@ -37,6 +41,13 @@ _HELP = {
     "chair": "CHAIR: objects in captions that are not in the picture.",
     "mmsafety": "MM-SafetyBench: unsafe answers, experts deferred to, quality.",
     "vnia": "VNIA: captions in the spirit of a target prompt and against its converse.",
+}
+_PUBLISHED = {
+    "pope": "--data POPE/output/coco --images val2014",
+    "ohd": "--data ohd --images pictures",
+    "chair": "--data coco --images val2014 --synonyms synonyms.txt",
+    "mmsafety": "--data MM-SafetyBench --guard meta-llama/Llama-Guard-3-8B",
+    "vnia": "--data vnia --images cc3m --judge MODEL",
 }
 # Which benchmarks an option is for; what is not listed is for all.
 _FOR: Mapping[str, tuple[str, ...]] = {
@@ -99,7 +110,7 @@ def _run(
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
     costs: Annotated[int, typer.Option(help="Items that KL and perplexity are measured on; 0 for none.")] = 200,
     figures: Annotated[bool, typer.Option(help="Draw the figures.")] = True,
-    batch_size: int = 32,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of questions, splits, draws and bootstrap.")] = 0,
 ) -> None:
     from steer_plugin.atomic import atomic_write_bytes
@@ -269,8 +280,13 @@ def _command(benchmark: str) -> Callable[..., None]:
         _run(benchmark, **given)  # pyright: ignore[reportArgumentType]
 
     command.__signature__ = whole.replace(parameters=kept)  # pyright: ignore[reportAttributeAccessIssue]
-    example = f"steer-plugin eval {benchmark} --data pocket --methods none,prompt --out {benchmark}-out"
-    command.__doc__ = f"{_HELP[benchmark]}\n\nResumable. Example: {example}"
+    methods = "none,prompt,steervlm" if benchmark == "vnia" else "none,prompt,mean,l2s"
+    command.__doc__ = (
+        f"{_HELP[benchmark]}\n\nA killed run goes on by the same command.\n\n"
+        f"Example: steer-plugin eval {benchmark} --data pocket \\\n  --methods {methods} --out {benchmark}-out\n\n"
+        f"On published data: steer-plugin eval {benchmark} --model llava-hf/llava-1.5-7b-hf \\\n"
+        f"  {_PUBLISHED[benchmark]} --out {benchmark}-llava"
+    )
     return command
 
 

@@ -10,7 +10,11 @@ import typer
 
 from steer_plugin.processes import Processes
 
-pocket_app = typer.Typer(no_args_is_help=True, help="The pocket VLM: train it, its card, its world as data.")
+pocket_app = typer.Typer(
+    no_args_is_help=True,
+    help="The pocket VLM: train it, its card, its world as data.",
+    epilog="Example: steer-plugin pocket show --out pocket.png",
+)
 
 Out = Annotated[Path, typer.Option(help="Output folder; a run that was interrupted resumes in it.")]
 Seed = Annotated[int, typer.Option(help="Seed of the world's pictures.")]
@@ -53,7 +57,11 @@ def card(
 
 
 @pocket_app.command()
-def show(out: Out = Path("pocket.png"), seed: Seed = 0, pictures: int = 24) -> None:
+def show(
+    out: Annotated[Path, typer.Option(help="The picture file to write.")] = Path("pocket.png"),
+    seed: Seed = 0,
+    pictures: Annotated[int, typer.Option(help="Pictures on the sheet.")] = 24,
+) -> None:
     """Draw a contact sheet of the pocket world with truths, answers and hallucinations.
 
     Example: steer-plugin pocket show --out pocket.png
@@ -73,9 +81,10 @@ def export(
     pictures: Annotated[int, typer.Option(help="Pictures of each format.")] = 100,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
 ) -> None:
-    """Write the world as folders in the published formats of POPE, CHAIR, MM-SafetyBench and VNIA.
+    r"""Write the world as folders in the published formats of POPE, CHAIR, MM-SafetyBench and VNIA.
 
-    Example: steer-plugin pocket export --format pope --pictures 200 --out pocket-world
+    Example: steer-plugin pocket export --format pope --format chair \
+      --pictures 200 --out pocket-world
     """
     from steer_plugin import pocket
     from steer_plugin.pocket.formats import FORMATS

@@ -14,7 +14,11 @@ from steer_plugin.cli_pocket import say
 if TYPE_CHECKING:
     from steer_plugin.store.shard import Damage, Kind
 
-store_app = typer.Typer(no_args_is_help=True, help="Activations on disk: what is there, is it unharmed, mend it.")
+store_app = typer.Typer(
+    no_args_is_help=True,
+    help="Activations on disk: what is there, is it unharmed, mend it.",
+    epilog="Example: steer-plugin store show shifts",
+)
 
 Folder = Annotated[Path, typer.Argument(help="Folder that an extraction or collection wrote.")]
 Progress = Annotated[bool, typer.Option(help="Show a bar.")]

@@ -11,8 +11,16 @@ import typer
 from steer_plugin.cli_pocket import say
 from steer_plugin.errors import InputError
 
-train_app = typer.Typer(no_args_is_help=True, help="Train a steering method through the frozen model.")
-experiments_app = typer.Typer(no_args_is_help=True, help="Repeat a paper's experiments.")
+train_app = typer.Typer(
+    no_args_is_help=True,
+    help="Train a steering method through the frozen model.",
+    epilog="Example: steer-plugin train steervlm --pictures 200 --steps 100 --out steervlm-out",
+)
+experiments_app = typer.Typer(
+    no_args_is_help=True,
+    help="Repeat a paper's experiments on the pocket VLM.",
+    epilog="Example: steer-plugin experiments steervlm --out steervlm-experiments",
+)
 
 Out = Annotated[Path, typer.Option(help="Output folder; a run that was interrupted resumes in it.")]
 Model = Annotated[str, typer.Option(help="'pocket', a model folder, or a hub id.")]
@@ -53,9 +61,12 @@ def steervlm(
     max_tokens: Annotated[int | None, typer.Option(help="Cut answers so that prompt and answer are no longer.")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Train SteerVLM's module; the model stays as it is. Writes out/steervlm.
+    r"""Train SteerVLM's module; the model stays as it is. Writes out/steervlm.
 
-    Example: steer-plugin train steervlm --model llava-hf/llava-1.5-7b-hf --data train.jsonl --images cc3m --out vnia
+    Example: steer-plugin train steervlm --pictures 200 --steps 100 --out small
+
+    On published data: steer-plugin train steervlm \
+      --model llava-hf/llava-1.5-7b-hf --data train.jsonl --images cc3m --out vnia
     """
     from steer_plugin.contrast import read_vnia
     from steer_plugin.demo.stance_training import pocket_config, pocket_training, stance_rows

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from steer_plugin.activations import Activations, gather
-from steer_plugin.adapters._bulk_model import BulkModel
 from steer_plugin.adapters._call import Forward, Tap
 from steer_plugin.adapters._check import check_model
 from steer_plugin.adapters._check_report import CheckReport
 from steer_plugin.adapters._inputs import check_inputs, collate, encode, image_rows, with_positions
+from steer_plugin.adapters._observe import ObservingModel
 from steer_plugin.adapters._prepare import Taken, prepared
 from steer_plugin.adapters._record import KEEP, Recorder, check_generation
 from steer_plugin.adapters._run import Run
@@ -29,7 +29,7 @@ from steer_plugin.record import Record
 from steer_plugin.sites import Site
 
 
-class AttachedModel(BulkModel):
+class AttachedModel(ObservingModel):
     """A vision-language model that can be steered; made by `sp.attach`.
 
     Attributes:

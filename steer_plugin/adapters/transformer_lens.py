@@ -20,6 +20,8 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.model_bridge.supported_architectures.llava_onevision import LlavaOnevisionArchitectureAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from steer_plugin.adapters._bound import BoundBridge
+from steer_plugin.adapters._inputs import check_inputs, with_positions
 from steer_plugin.adapters._parts import Framework
 from steer_plugin.adapters._run import Run
 from steer_plugin.adapters.torch_hooks import HookedAttached
@@ -163,6 +165,15 @@ class BridgeAttached(HookedAttached):
         if site.kind.endswith("resid_post") and inner is not None:
             return inner, "output"
         return module.hook_in if end == "input" else module.hook_out, "output"
+
+    def bound(self, inputs: Mapping[str, Tensor]) -> BoundBridge:
+        """Return the bridge with a batch's pictures bound to it, as `transformer_lens.patching` takes it.
+
+        Raises:
+            InputError: inputs that this model cannot take.
+        """
+        check_inputs(self.parts, inputs)
+        return BoundBridge(self.bridge, with_positions(self.parts, inputs))
 
     def hook_point(self, site: Site) -> HookPoint:
         """TransformerLens' HookPoint of a resolved site.

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
+from steer_plugin.errors import InputError
 from steer_plugin.pocket.company import companion, draw_groups
 from steer_plugin.pocket.sprites import NOUNS, sprite
 from steer_plugin.pocket.streams import noise_stream, stream
@@ -163,15 +164,24 @@ def _fill(canvas: Float[np.ndarray, "side side 3"], patch: Patch) -> None:
     canvas[y0:y1, x0:x1] = patch.colour
 
 
-def draw_scene(seed: int, split: str, index: int) -> Scene:
-    """Draw scene number `index` of a split; the same arguments always give the same pixels."""
+def draw_scene(seed: int, split: str, index: int, without: str | None = None) -> Scene:
+    """Draw scene number `index` of a split; the same arguments always give the same pixels.
+
+    `without` leaves out the object of that noun and changes no other pixel. InputError where there is none.
+    """
     key = scene_key(seed, split, index)
     plan = plan_scene(stream(*key))
-    canvas = paint(plan)
+    there = [placed.thing.noun for placed in plan.placed]
+    if without is not None and without not in there:
+        raise InputError(f"scene {index} of {split!r} shows no {without!r} to leave out; it shows {', '.join(there)}.")
+    gone = None if without is None else there.index(without)
+    canvas = paint(plan, gone)
     canvas += noise_stream(*key, "noise").standard_normal(canvas.shape, dtype=np.float32) * np.float32(plan.noise)
     pixels = np.rint(canvas.clip(0, 1) * 255).astype(np.uint8)
-    objects = tuple(placed.thing for placed in plan.placed)
-    return Scene(f"{split}-{seed}-{index:06d}", Image.fromarray(pixels), objects, plan.groups)
+    objects = tuple(placed.thing for number, placed in enumerate(plan.placed) if number != gone)
+    groups = tuple(kept for group in plan.groups if (kept := tuple(noun for noun in group if noun != without)))
+    name = f"{split}-{seed}-{index:06d}" + ("" if without is None else f"-without-{without}")
+    return Scene(name, Image.fromarray(pixels), objects, groups)
 
 
 def caption_groups(scene: Scene, tempted: Callable[[], bool]) -> list[str]:

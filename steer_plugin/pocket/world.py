@@ -117,12 +117,15 @@ class World:
             raise InputError(f"{noun!r} is no noun of the pocket world.{nearest(noun, NOUNS)}")
         return companion(noun)
 
-    def scene(self, index: int, split: str = "test") -> Scene:
-        """Draw a scene of a split; InputError for an unknown split or an index below 0."""
+    def scene(self, index: int, split: str = "test", *, without: str | None = None) -> Scene:
+        """Draw a scene of a split; `without` leaves out the object of that noun and changes no other pixel.
+
+        InputError for an unknown split, an index below 0, or a noun that is not in the picture.
+        """
         _known("split", split, SPLITS)
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise InputError(f"a scene's index must be a whole number from 0 up, got {index!r}")
-        return draw_scene(self.seed, split, index)
+        return draw_scene(self.seed, split, index, without)
 
     def questions(self, n_pictures: int, split: str = "test", subsets: Sequence[str] = SUBSETS) -> list[Question]:
         """Ask about pictures 0 .. n - 1 of a split: for each picture and subset one positive and one negative question.

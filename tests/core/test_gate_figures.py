@@ -117,3 +117,7 @@ def test_refusals(record, torch_vlm, inputs, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(sp.FrameworkError, match=r"pip install 'steer-plugin\[analysis\]'"):
         plot_gates(record)
+
+
+def test_a_notebook_shows_it_without_pyplot(record):
+    assert plot_gates(record)._repr_png_().startswith(b"\x89PNG")

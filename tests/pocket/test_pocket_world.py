@@ -244,3 +244,17 @@ def test_public_names_are_lazy_and_stay_functions() -> None:
         assert (isinstance(first, tuple) if name.isupper() else callable(first)) and getattr(pocket, name) is first
     with pytest.raises(AttributeError, match="no attribute 'sho'"):
         _ = pocket.sho
+
+
+def test_an_object_can_be_left_out():
+    world = pocket.World(0)
+    whole = world.scene(3)
+    gone = whole.objects[0]
+    less = world.scene(3, without=gone.noun)
+    assert less.nouns == whole.nouns - {gone.noun}
+    x0, y0, x1, y1 = gone.box
+    changed = (np.asarray(whole.image) != np.asarray(less.image)).any(-1)
+    assert changed.any()
+    assert changed[y0:y1, x0:x1].sum() == changed.sum()
+    with pytest.raises(InputError, match="shows no 'spaceship' to leave out"):
+        world.scene(3, without="spaceship")
