@@ -97,6 +97,8 @@ def test_interactive_maps_hold_the_same(torch_vlm, inputs):
     np.testing.assert_allclose(data.z, found.of("w9")[:, 1][:, columns].numpy(), rtol=1e-6)
     assert "resid_post.0" in data.customdata[0][0]
     assert data.customdata[0][0].endswith(repr(found.words[int(found.top[0, 1][columns][0, 0])]))
+    shown = project(torch_vlm, inputs, V)
+    np.testing.assert_allclose(interactive(shown, row=1).data[0].z, shown.values[:, 1][:, columns].numpy(), rtol=1e-6)
     with pytest.raises(sp.InputError, match="only a lens has targets"):
         interactive(project(torch_vlm, inputs, V), target="w9")
 

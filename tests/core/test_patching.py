@@ -15,6 +15,7 @@ from steer_plugin.analysis import (
     activation_patching,
     attributed_steering,
     attribution_patching,
+    interactive,
     localise,
     steering_patching,
 )
@@ -183,6 +184,7 @@ def test_figures_show_the_effects(torch_vlm, placed, corrupt):
     axes = found.plot().axes[0]
     np.testing.assert_allclose(np.asarray(axes.images[0].get_array()), found.effect)
     assert [label.get_text() for label in axes.get_xticklabels()] == list(found.parts)
+    np.testing.assert_allclose(interactive(found).data[0].z, found.effect)
     lines = localise(torch_vlm, placed, STEERING, metric, progress=False)
     drawn = {one.get_label(): one.lines[0].get_ydata() for one in lines.plot().axes[0].containers}
     assert set(drawn) == {"attn_out", "mlp_out"}
