@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything runs from .venv, which is built once and again when the pins change.
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 DEMO_ARGS ?=
-NOTEBOOKS ?= $(wildcard tutorials/*.ipynb)
+NOTEBOOKS ?= tutorials
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -59,8 +59,7 @@ docs: $(READY)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 notebooks: $(READY)  ## run every tutorial from top to bottom, leaving the files as they are
-	@if [ -z "$(NOTEBOOKS)" ]; then echo "no notebooks found" >&2; exit 1; fi
-	$(OFFLINE) $(BIN)/jupyter-execute --timeout=1200 $(NOTEBOOKS)
+	$(OFFLINE) $(THREADS) $(BIN)/python -m pytest $(NOTEBOOKS) $(PYTEST_ARGS)
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist site demo-out .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -33,7 +33,7 @@ hypothesis.settings.load_profile("steer_plugin")
 
 # Slow groups that take longest, the longest first: one that began last would leave the other worker without work.
 LONGEST = (
-    "test_published_orders.py", "forked", "test_processes.py", "test_stances.py", "test_tutorials.py", "test_cli.py",
+    "test_published_orders.py", "forked", "test_processes.py", "test_stances.py", "test_cli.py",
     "test_reproduce.py", "test_pocket_benchmarks.py", "test_benchmarks.py", "test_demo.py", "test_nnsight_remote.py",
 )  # fmt: skip
 

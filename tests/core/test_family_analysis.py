@@ -40,7 +40,7 @@ def test_the_lens_of_the_last_layer_is_the_model(name: str):
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(found.of("30")[-1][real], said[..., 30][real], rtol=1e-3, atol=1e-5)
     if name != "mllama":  # its one token stands for the whole picture
-        texts, pictures = _zoo.texts_and_pictures(2)
+        _, pictures = _zoo.texts_and_pictures(2)
         figure = found.plot_image(pictures, "30", found.sites[0], row=1)
         drawn = [one for axes in figure.axes for one in axes.collections if one.get_label() == "values"]
         assert sum(len(one.get_array()) for one in drawn) > 0
