@@ -38,6 +38,13 @@ LONGEST = (
 )  # fmt: skip
 
 
+# Not units: whole jobs, real models through every framework. They run with the slow ones.
+WHOLE = (
+    "test_runner.py", "test_check.py", "test_devices.py", "test_travel.py", "test_pocket_laws.py",
+    "test_pocket_model.py", "test_pocket_training.py", "test_overhead_counts.py", "test_bridges.py", "test_prefix.py", "test_calibrate.py",
+)  # fmt: skip
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let xdist give the groups out in the order below; by itself it puts those of many tests first."""
     config.option.loadscopereorder = False
@@ -59,6 +66,8 @@ def group_of(item: pytest.Item) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {id(item): -1 for item in items}
     for item in items:
+        if item.path.parent.name == "jobs" or item.path.name in WHOLE:
+            item.add_marker(pytest.mark.slow)
         name = group_of(item)
         item.add_marker(pytest.mark.xdist_group(name))
         if item.get_closest_marker("slow") is not None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from _tiny import D_MODEL, IMAGE, LAYERS, draw, plain_hooks, single_row, tiny_inputs, tiny_llava
+from test_steervlm_streams import bound
 from torch import Tensor
 
 import steer_plugin as sp
@@ -19,6 +20,7 @@ from steer_plugin.analysis import (
     localise,
     steering_patching,
 )
+from steer_plugin.methods.network import SteeringNetwork
 
 V = draw(D_MODEL, seed=4, scale=2.0)
 STEERING = sp.add("resid_post.1", V, "image")
@@ -102,6 +104,30 @@ def test_steering_is_patched_both_ways(torch_vlm, plain, placed, way: str):
             patched = metric(plain(**placed).logits)
     torch.testing.assert_close(found.source, high, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.patched[0, 0], patched, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["late", "twins"])
+def test_steerings_of_several_passes_are_patched(torch_vlm, placed, name: str):
+    """All of the last layer is all of the effect, also where the prompt's end runs again or twins ride along."""
+    network = SteeringNetwork(D_MODEL, 8, D_MODEL)
+    late = sp.L2S(network, "resid_post.1", "resid_post.3", positions="last_prompt", alpha=4.0)
+    steering = late if name == "late" else bound("everywhere")
+    for way in ("insert", "remove"):
+        swept = steering_patching(
+            torch_vlm,
+            placed,
+            steering,
+            metric,
+            ["resid_pre.1", "resid_post.3"],
+            ["everywhere"],
+            way=way,
+            progress=False,
+        )
+        assert swept.effect[1, 0] == pytest.approx(1, abs=1e-3)
+        guess = attributed_steering(torch_vlm, placed, steering, metric, ["resid_pre.1"], ["last_prompt"], way=way)
+        assert np.isfinite(guess.effect).all()
+    if name == "late":
+        assert swept.effect[0, 0] == pytest.approx(0, abs=1e-3)  # nothing is steered before the write
 
 
 def test_localise_looks_behind_the_write(torch_vlm, placed):
