@@ -41,7 +41,8 @@ LONGEST = (
 # Not units: whole jobs, real models through every framework. They run with the slow ones.
 WHOLE = (
     "test_runner.py", "test_check.py", "test_devices.py", "test_travel.py", "test_pocket_laws.py",
-    "test_pocket_model.py", "test_pocket_training.py", "test_overhead_counts.py", "test_bridges.py", "test_prefix.py", "test_calibrate.py",
+    "test_pocket_model.py", "test_pocket_training.py", "test_overhead_counts.py", "test_bridges.py",
+    "test_prefix.py", "test_calibrate.py",
 )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def gradients(
     everywhere = Positions.parse("everywhere")
     writes = tuple(Write(site, everywhere, probe) for site, probe in probes.items())
     steering = side.with_(Intervention(writes))
-    value = measured(metric, vlm.observe(side.inputs, (), steering, grad=True).logits)
+    value = measured(metric, vlm.observe(side.inputs, (), steering, grad=True))
     zeros = {site: probe.zero for site, probe in probes.items() if probe.zero is not None}
     streams = {site: probe.stream for site, probe in probes.items() if probe.stream is not None}
     # Rows do not look at each other, so the gradient of the sum holds each row's own.

@@ -137,7 +137,7 @@ def compose(
     first, second = steerings.values()
     sites = [resid_post(layer) for layer in range(vlm.n_layers)]
     runs = [vlm.observe(inputs, sites, steering) for steering in (None, first, second, [first, second])]
-    values = torch.stack([torch.stack([measured(m, run.logits).cpu() for run in runs]) for m in metrics.values()])
+    values = torch.stack([torch.stack([measured(m, run).cpu() for run in runs]) for m in metrics.values()])
     mask = Positions.parse(positions).mask(runs[0].layout)
     if not bool(mask.any(1).all()):
         raise InputError(f"row {int((~mask.any(1)).nonzero()[0])} has no token at {str(positions)!r}.")

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer_plugin.adapters import AttachedModel
+from steer_plugin.adapters._observe import Observed
 from steer_plugin.errors import InputError
 
 Metric: TypeAlias = Callable[[Tensor], Tensor]
@@ -104,14 +105,20 @@ def name_of(metric: Metric) -> str:
     return str(getattr(metric, "name", getattr(metric, "__name__", type(metric).__name__)))
 
 
-def measured(metric: Metric, logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, " row"]:
-    """Apply a metric and check what it gave.
+def measured(metric: Metric, seen: Observed) -> Float[Tensor, " row"]:
+    """Apply a metric to a run's logits and check what it gave.
 
     Raises:
-        InputError: not one finite number per row.
+        InputError: prompts padded on the right, whose last column decides nothing; not one finite number per row.
     """
-    found = metric(logits)
-    rows = logits.shape[0]
+    if not bool(seen.layout.real[:, -1].all()):
+        row = int((~seen.layout.real[:, -1]).nonzero()[0])
+        raise InputError(
+            f"row {row} is padded on the right, so the last column, which metrics look at, decides nothing; build "
+            "the inputs with vlm.inputs(...), or pad on the left."
+        )
+    found = metric(seen.logits)
+    rows = seen.logits.shape[0]
     if not isinstance(found, Tensor) or tuple(found.shape) != (rows,):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise InputError(

@@ -207,7 +207,7 @@ def ends(
     """
     giving = vlm.observe(source.inputs, sites, source.steering)
     taking = vlm.observe(base.inputs, (), base.steering)
-    low, high = measured(metric, taking.logits), measured(metric, giving.logits)
+    low, high = measured(metric, taking), measured(metric, giving)
     apart = (high - low).mean().abs()
     if float(apart) <= 1e-6 * float(torch.cat([low, high]).abs().max().clamp(min=1e-6)):
         raise InputError(
@@ -228,6 +228,6 @@ def _sweep(
     jobs = [(site, mask) for site in sites for mask in masks.values()]
     for site, mask in tqdm(jobs, desc="patching", disable=not progress, leave=False):
         steering = base.with_(patch_streams(site, streams[site], mask))
-        found.append(measured(metric, vlm.observe(base.inputs, (), steering).logits).cpu())
+        found.append(measured(metric, vlm.observe(base.inputs, (), steering)).cpu())
     patched = torch.stack(found).reshape(len(sites), len(masks), -1)
     return Patching(tuple(sites), tuple(masks), low.cpu(), high.cpu(), patched, name_of(metric), way, seed)

@@ -185,10 +185,11 @@ def test_transformer_lens_sweeps_with_pictures(bridge_vlm, plain):
 
 
 def test_what_cannot_be_patched_is_refused(torch_vlm, placed, corrupt):
-    short = tiny_inputs(2)
+    short, right = tiny_inputs(2), tiny_inputs(3, side="right")
     for call, message in [
         (lambda: activation_patching(torch_vlm, placed, short, metric), r"clean inputs have \(3, \d+\)"),
         (lambda: activation_patching(torch_vlm, placed, placed, metric), "same mean 'metric'"),
+        (lambda: steering_patching(torch_vlm, right, STEERING, metric), "row 0 is padded on the right"),
         (
             lambda: activation_patching(torch_vlm, placed, corrupt, metric, direction="both"),
             "direction must be 'denoise'",
