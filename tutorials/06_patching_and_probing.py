@@ -110,15 +110,15 @@ noise = analysis.activation_patching(vlm, clean, corrupt, yes_no, streams, parts
 noise.plot()
 
 # %% [markdown]
-# How to read it: before layer 0 everything lies on the object's own image tokens. Layer 0 already carries it to the noun of the
+# How to read it: before layer 0 nearly everything lies on the object's own image tokens. Layer 0 already carries it to the noun of the
 # question, which looks its object up; layer 1 brings a part of it to the last prompt token, and the last layer the rest. "denoise" asks
 # what is enough, "noise" what cannot be done without; where they agree there is one way.
 #
 # %% [markdown]
 # ## 2. All patches by one backward pass
 #
-# Attribution patching multiplies the difference of the streams by the gradient of the metric. It costs two forwards
-# and one backward for any number of places.
+# Attribution patching multiplies the difference of the streams by the gradient of the metric. It costs three
+# forwards and one backward for any number of places.
 
 # %%
 sites = [site for layer in range(4) for site in (sp.attn_out(layer), sp.mlp_out(layer), sp.resid_post(layer))]
@@ -133,7 +133,10 @@ axes.set_xlabel("patched")
 axes.set_ylabel("estimated")
 axes.spines[["top", "right"]].set_visible(False)
 plt.show()
-print(f"correlation over {len(table)} places: {table['effect'].corr(table['other']):.2f}")
+worst = (table["effect"] - table["other"]).abs()
+print(
+    f"{len(table)} places: largest error {worst.max():.2f}, at {table.loc[worst.idxmax(), ['kind', 'layer', 'part']].tolist()}"
+)
 
 # %% [markdown]
 # ## 3. Where does a steering act?
@@ -179,10 +182,11 @@ probes = analysis.probe(values, labels, types=[q.noun for q in questions], group
 probes.plot()
 
 # %% [markdown]
-# Image tokens come before the question, so their mean cannot know what will be asked: guessing is all there is. At the last
+# Image tokens come before the question, so their mean cannot know what will be asked: each picture has one question of either kind, and
+# exactly half is all there is. At the last
 # prompt token the answer can be read from layer 1 on. But the control does as well there: the noun itself can be read off that token, at
-# layer 0 already, and any labels of nouns with it. Accuracy alone does not show that "there or not" has a direction of its own; that the probe
-# is right on both answers for the same noun does (most nouns are asked for with both), and patches show that it is used.
+# layer 0 already, and any labels of nouns with it. Accuracy alone does not show that "there or not" has a direction of its own; most nouns
+# are asked for with both answers, so knowing nouns cannot be all of it, and the patches show what is used.
 #
 # Does steering move what the probe reads? The same probe, on fresh pictures, before and after:
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-from steer_plugin.errors import InputError
+from steer_plugin.errors import FrameworkError, InputError
 
 
 class BoundBridge:
@@ -30,7 +30,15 @@ class BoundBridge:
         self.inputs = dict(inputs)
 
     def __getattr__(self, name: str) -> Any:
-        """Anything else is the bridge's."""
+        """Anything else is the bridge's.
+
+        Raises:
+            FrameworkError: `generate`, which would drop the picture.
+        """
+        if name == "generate":
+            raise FrameworkError("bridge.generate drops the picture; use vlm.generate(**inputs), or original_model's.")
+        if name == "bridge":  # not there yet, as in a copy
+            raise AttributeError(name)
         return getattr(self.bridge, name)
 
     @property
@@ -66,6 +74,8 @@ class BoundBridge:
     def __call__(self, tokens: Tensor | None = None, **kwargs: Any) -> Any:
         """Run the bridge on the batch."""
         return self.bridge(self._fitting(tokens), **{**self._beside(), **kwargs})
+
+    forward = __call__
 
     def _beside(self) -> dict[str, Any]:
         return {key: value for key, value in self.inputs.items() if key != "input_ids"}

@@ -81,7 +81,8 @@ class ObservingModel(BulkModel):
         """Run the prompt once and keep its logits, and the whole stream at the sites; `grad` keeps the graph.
 
         Raises:
-            SiteError, PositionError, InputError: before any work, what this model cannot host.
+            SiteError, InputError: before any work, what this model cannot host.
+            PositionError: a steering that matches no token of the prompt.
         """
         check_inputs(self.parts, inputs)
         asked = [sites] if isinstance(sites, (Site, str)) else sites
@@ -99,7 +100,7 @@ class ObservingModel(BulkModel):
         added = [] if steering is None else [steering] if isinstance(steering, Steerable) else list(steering)
         taps = [Tap(site, Positions.parse("everywhere"), take(site)) for site in wanted]
         run = Run(self.parts, Intervention.of([*self._stack, *added]), taps, completion_tokens)
-        with torch.set_grad_enabled(grad), self._installed(run, plainly=True):
+        with torch.set_grad_enabled(grad), self._installed(run, check=bool(added), plainly=True):
             out = self.parts.root(**with_positions(self.parts, inputs))
         run.check_fired()
         return Observed(out.logits, self.layout(inputs, completion_tokens), {site: got[site] for site in wanted})

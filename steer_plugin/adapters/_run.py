@@ -201,7 +201,8 @@ class Run(Follower):
         if isinstance(alpha, (int, float)) and alpha == 0 and write.kind == "add":
             return out
         # Layers may lie on several devices: what was made elsewhere goes where it is added.
-        change = write.delta(hidden, context).to(out.device)
+        # A further replacement keeps what others put in place; sums are all made of what arrived.
+        change = write.delta(out if write.kind == "replace" else hidden, context).to(out.device)
         if reach.start >= reach.stop:
             return out
         if write.kind == "replace":

@@ -50,12 +50,19 @@ def spread(values: Float[np.ndarray, "*what row"], seed: int) -> tuple[np.ndarra
 def ratio_spread(
     above: Float[np.ndarray, "*what row"], below: Float[np.ndarray, " row"], seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """mean(above) / mean(below) with its 95 % bootstrap interval, rows of both drawn together."""
+    """mean(above) / mean(below) with its 95 % bootstrap interval, rows of both drawn together.
+
+    Where mean(below) itself cannot be told from 0 there is no interval: its ends are NaN.
+    """
     share = above.mean(-1) / below.mean()
     rows = len(below)
     if rows < 2:
         return share, np.full_like(share, np.nan), np.full_like(share, np.nan)
     drawn = np.random.default_rng(seed).integers(0, rows, (RESAMPLES, rows))
     weights = np.stack([np.bincount(one, minlength=rows) for one in drawn], -1) / rows
-    low, high = np.nanquantile(above @ weights / (below @ weights), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=-1)
+    ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    drawn_below = below @ weights
+    if np.prod(np.sign(np.quantile(drawn_below, ends))) <= 0:
+        return share, np.full_like(share, np.nan), np.full_like(share, np.nan)
+    low, high = np.quantile(above @ weights / drawn_below, ends, axis=-1)
     return share, low, high

@@ -70,7 +70,9 @@ class Unembedding:
 
     def _plain(self, stream: Float[Tensor, "*where d_model"]) -> Float[Tensor, "*where vocab"]:
         weight = next(self.head.parameters())
-        given = stream.to(weight) if weight.is_floating_point() else stream
+        given = stream.to(weight.dtype) if weight.is_floating_point() else stream
+        if not weight.is_meta:  # accelerate brings offloaded weights to where the stream is
+            given = given.to(weight.device)
         return self.head(self.norm(given)).float()
 
     def check(self, last: Float[Tensor, "*where d_model"], logits: Float[Tensor, "*where vocab"]) -> None:

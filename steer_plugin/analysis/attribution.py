@@ -2,7 +2,7 @@
 
     m[base with source's stream at (site, part)] - m[base] ~ sum_{tokens of part} (h_source - h_base) . dm/dh_base
 
-Two forwards and one backward for any number of sites and parts. First order only: where the metric is curved (a
+Three forwards and one backward for any number of sites and parts. First order only: where the metric is curved (a
 saturated softmax, a norm under a large change) it is off; check a few places with `activation_patching`. Source of the
 method: Nanda 2023, "Attribution patching"; Syed et al. 2023 (arXiv 2310.10348).
 """
@@ -19,10 +19,9 @@ from torch import Tensor
 from steer_plugin.adapters import AttachedModel
 from steer_plugin.analysis._sweeps import Patching
 from steer_plugin.analysis.metrics import Metric, measured, name_of
-from steer_plugin.analysis.patching import Inputs, Side, check_aligned, ends, resolved
+from steer_plugin.analysis.patching import Inputs, Side, between, ends, resolved, with_and_without
 from steer_plugin.analysis.tokens import PARTS, Parts, masks_of
 from steer_plugin.context import Context
-from steer_plugin.errors import InputError
 from steer_plugin.intervention import Intervention, Steerable, Write
 from steer_plugin.positions import Positions
 from steer_plugin.sites import Site
@@ -36,14 +35,14 @@ class Probe:
         stream: what arrived at the site, before anything is written there.
     """
 
-    zero: Tensor | None = field(default=None)
+    zeros: list[Tensor] = field(default_factory=list)
     stream: Tensor | None = field(default=None)
 
     def __call__(self, hidden: Float[Tensor, "row pos d_model"], context: Context) -> Tensor:
         """Return a zero of the stream's shape that takes a gradient."""
         self.stream = hidden.detach()
-        self.zero = torch.zeros_like(hidden, requires_grad=True)
-        return self.zero
+        self.zeros.append(torch.zeros_like(hidden, requires_grad=True))
+        return self.zeros[-1]
 
 
 def gradients(
@@ -55,11 +54,13 @@ def gradients(
     writes = tuple(Write(site, everywhere, probe) for site, probe in probes.items())
     steering = side.with_(Intervention(writes))
     value = measured(metric, vlm.observe(side.inputs, (), steering, grad=True))
-    zeros = {site: probe.zero for site, probe in probes.items() if probe.zero is not None}
     streams = {site: probe.stream for site, probe in probes.items() if probe.stream is not None}
+    # A late read runs the prompt twice; the metric depends on the stream of both passes.
+    zeros = [zero for probe in probes.values() for zero in probe.zeros]
     # Rows do not look at each other, so the gradient of the sum holds each row's own.
-    found = torch.autograd.grad(value.sum(), list(zeros.values()))
-    return value.detach(), streams, dict(zip(zeros, found, strict=True))
+    found = iter(torch.autograd.grad(value.sum(), zeros, allow_unused=True, materialize_grads=True))
+    slopes = {site: torch.stack([next(found) for _ in probe.zeros]).sum(0) for site, probe in probes.items()}
+    return value.detach(), streams, slopes
 
 
 def attribution_patching(
@@ -79,11 +80,7 @@ def attribution_patching(
     Raises:
         InputError, SiteError, PositionError: as `activation_patching`.
     """
-    if direction not in ("denoise", "noise"):
-        raise InputError(f"direction must be 'denoise' or 'noise', got {direction!r}.")
-    check_aligned(vlm, clean, corrupt)
-    runs = Side(corrupt, steering), Side(clean, steering)
-    base, source = runs if direction == "denoise" else runs[::-1]
+    base, source = between(vlm, clean, corrupt, steering, direction)
     return _estimated(vlm, base, source, metric, resolved(vlm, sites), parts, direction, seed)
 
 
@@ -103,10 +100,7 @@ def attributed_steering(
     Raises:
         InputError, SiteError, PositionError: as `steering_patching`.
     """
-    if way not in ("insert", "remove"):
-        raise InputError(f"way must be 'insert' or 'remove', got {way!r}.")
-    runs = Side(inputs), Side(inputs, steering)
-    base, source = runs if way == "insert" else runs[::-1]
+    base, source = with_and_without(inputs, steering, way)
     return _estimated(vlm, base, source, metric, resolved(vlm, sites), parts, way, seed)
 
 
@@ -123,7 +117,9 @@ def _estimated(
     masks = masks_of(vlm.layout(base.inputs), parts)
     low, high, streams = ends(vlm, base, source, metric, sites)
     _, own, slopes = gradients(vlm, base, metric, sites)
-    by_token = torch.stack([((streams[site] - own[site]) * slopes[site]).float().sum(-1).cpu() for site in sites])
+    by_token = torch.stack(
+        [((streams[site] - own[site]).float() * slopes[site].float()).sum(-1).cpu() for site in sites]
+    )
     chosen = torch.stack([mask.cpu() for mask in masks.values()])
     moved = torch.where(chosen[None], by_token[:, None], 0.0).sum(-1)
     low = low.cpu()

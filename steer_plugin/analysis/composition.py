@@ -1,7 +1,7 @@
 """Two interventions together against each alone.
 
     interaction = m[a + b] - m[a] - m[b] + m[none]              0: their effects add up
-    interference(layer) = |D_ab - D_a - D_b| / |D_a + D_b|      D = change of the stream, at some tokens
+    interference(layer) = |D_ab - D_a - D_b| / (|D_a| + |D_b|)  D = change of the stream, at some tokens
 
 Several metrics at once show whether one steering spoils what the other is for.
 """
@@ -42,7 +42,7 @@ class Composition:
         metrics: what was measured.
         values: (metric, case, row); cases: none, first, second, both.
         sites: layers' outputs at which the streams were compared.
-        interference: (site, row) |D_ab - D_a - D_b| / |D_a + D_b|; NaN where neither changes anything.
+        interference: (site, row) |D_ab - D_a - D_b| / (|D_a| + |D_b|); NaN where neither changes anything.
         cosine: (site, row) between D_a and D_b.
         seed: of the bootstrap.
     """
@@ -78,7 +78,7 @@ class Composition:
 
     def streams(self) -> DataFrame:
         """Write a line per layer: mean interference with its 95 % interval over prompts, and the changes' cosine."""
-        mean, low, high = spread(self.interference.double().nan_to_num().numpy(), self.seed)
+        mean, low, high = spread(self.interference.double().numpy(), self.seed)
         return frame(
             {
                 "layer": [site.layer for site in self.sites], "interference": mean, "low": low, "high": high,
@@ -145,12 +145,13 @@ def compose(
     alike: list[Tensor] = []
     for site in sites:
         none, one, two, both = (_chosen(run.at[site], mask) for run in runs)
-        apart.append((both - one - two + none).norm(dim=-1) / (one + two - 2 * none).norm(dim=-1))
-        alike.append(torch.cosine_similarity(one - none, two - none, dim=-1))
+        first_, second_ = one - none, two - none
+        apart.append(((both - one - two + none).norm(dim=-1) / (first_.norm(dim=-1) + second_.norm(dim=-1))).cpu())
+        alike.append(torch.cosine_similarity(first_, second_, dim=-1).cpu())
     names = tuple(steerings)
     return Composition(
-        (names[0], names[1]), tuple(metrics), values.float(), tuple(sites), torch.stack(apart).cpu(),
-        torch.stack(alike).cpu(), seed,
+        (names[0], names[1]), tuple(metrics), values.float(), tuple(sites), torch.stack(apart),
+        torch.stack(alike), seed,
     )  # fmt: skip
 
 

@@ -128,8 +128,8 @@ def footprint(
             along = torch.cosine_similarity(change, direction.to(change), dim=-1)
             along = torch.where(length > 0, along, torch.nan)
         by_token = torch.stack([before.norm(dim=-1), length, along])
-        cells.append(torch.stack([_over(by_token, mask) for mask in masks.values()], 1))
-    stream, moved, along = torch.stack(cells, 1).cpu()
+        cells.append(torch.stack([_over(by_token, mask) for mask in masks.values()], 1).cpu())
+    stream, moved, along = torch.stack(cells, 1)
     return Footprint(tuple(places), tuple(masks), stream, moved, along, seed)
 
 

@@ -23,12 +23,15 @@ Metric: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def token_id(vlm: AttachedModel, answer: str | int) -> int:
-    """Id of an answer's first token as it stands behind the prompt.
+    """Id of an answer's first token, the answer read alone: give " yes" where a space belongs to the word.
 
     Raises:
-        InputError: no processor, or a text without tokens.
+        InputError: no processor, a text without tokens or of unknown ones, an id out of range.
     """
+    size = int(vlm.root.config.get_text_config().vocab_size)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     if isinstance(answer, int):
+        if not 0 <= answer < size:
+            raise InputError(f"token id {answer} is out of range: the vocabulary has {size} tokens, 0 to {size - 1}.")
         return answer
     tokenizer = getattr(vlm.processor, "tokenizer", None)
     if tokenizer is None:
@@ -36,6 +39,8 @@ def token_id(vlm: AttachedModel, answer: str | int) -> int:
     ids = cast("list[int]", tokenizer(answer, add_special_tokens=False)["input_ids"])
     if not ids:
         raise InputError(f"the answer {answer!r} has no token.")
+    if ids[0] == tokenizer.unk_token_id and answer != tokenizer.unk_token:
+        raise InputError(f"the vocabulary has no token for {answer!r}; give another word, or a token id.")
     return ids[0]
 
 
@@ -126,4 +131,4 @@ def measured(metric: Metric, seen: Observed) -> Float[Tensor, " row"]:
         )
     if not bool(torch.isfinite(found).all()):
         raise InputError(f"the metric {name_of(metric)!r} gave NaN or infinite values.")
-    return found
+    return found.float()

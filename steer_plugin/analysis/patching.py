@@ -19,12 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from steer_plugin.adapters import AttachedModel
+from steer_plugin.adapters._observe import Observed
 from steer_plugin.analysis._sweeps import Patching
 from steer_plugin.analysis.metrics import Metric, measured, name_of
 from steer_plugin.analysis.tokens import PARTS, Parts, masks_of
 from steer_plugin.context import Context
 from steer_plugin.errors import InputError
-from steer_plugin.intervention import Intervention, Steerable, Write
+from steer_plugin.intervention import Intervention, Steerable, Write, expand_rows
 from steer_plugin.positions import Positions
 from steer_plugin.sites import Site
 
@@ -43,9 +44,18 @@ class StreamOf:
     source: Float[Tensor, "row pos d_model"]
 
     def __call__(self, hidden: Float[Tensor, "row pos d_model"], context: Context) -> Tensor:
-        """Return the stream to go on with."""
-        width = hidden.shape[1]
-        mask, source = self.mask[:, -width:].to(hidden.device), self.source[:, -width:].to(hidden)
+        """Return the stream to go on with; tokens that are fed back while decoding are nobody's.
+
+        Raises:
+            InputError: prompts of other sizes than those that the streams were taken from.
+        """
+        if context.step > 0:
+            return hidden
+        rows, width = hidden.shape[:2]
+        if width > self.mask.shape[1]:
+            raise InputError(f"streams of {self.mask.shape[1]} tokens cannot be put into prompts of {width}.")
+        mask = expand_rows(self.mask, rows, "patched prompts")[:, -width:].to(hidden.device)
+        source = expand_rows(self.source, rows, "patched prompts")[:, -width:].to(hidden)
         return torch.where(mask[..., None], source, hidden)
 
 
@@ -75,6 +85,53 @@ class Side:
         return [patch] if self.steering is None else [self.steering, patch]
 
 
+@dataclass
+class Arriving:
+    """What arrives at a site, before anything is added there; puts the same in place, for a write of kind "replace"."""
+
+    stream: Tensor | None = None
+
+    def __call__(self, hidden: Float[Tensor, "row pos d_model"], context: Context) -> Tensor:
+        """Keep the stream and hand it on; of a token that runs again, only its own column."""
+        seen, width = self.stream, hidden.shape[1]
+        if seen is not None and seen.shape[1] > width:
+            self.stream = torch.cat([seen[:, :-width], hidden], 1)
+        else:
+            self.stream = hidden.clone()
+        return hidden
+
+
+def between(
+    vlm: AttachedModel, clean: Inputs, corrupt: Inputs, steering: Steerable | None, direction: str
+) -> tuple[Side, Side]:
+    """Base and source of a patch between two batches.
+
+    Raises:
+        InputError: an unknown direction, batches that do not align.
+    """
+    if direction not in ("denoise", "noise"):
+        raise InputError(
+            f"direction must be 'denoise' (clean into corrupt) or 'noise' (corrupt into clean), got {direction!r}."
+        )
+    check_aligned(vlm, clean, corrupt)
+    runs = Side(corrupt, steering), Side(clean, steering)
+    return runs if direction == "denoise" else (runs[1], runs[0])
+
+
+def with_and_without(inputs: Inputs, steering: Steerable, way: str) -> tuple[Side, Side]:
+    """Base and source of a patch between the steered and the unsteered run.
+
+    Raises:
+        InputError: an unknown way.
+    """
+    if way not in ("insert", "remove"):
+        raise InputError(
+            f"way must be 'insert' (steered into unsteered) or 'remove' (unsteered into steered), got {way!r}."
+        )
+    runs = Side(inputs), Side(inputs, steering)
+    return runs if way == "insert" else (runs[1], runs[0])
+
+
 def activation_patching(
     vlm: AttachedModel,
     clean: Inputs,
@@ -97,13 +154,7 @@ def activation_patching(
         InputError: batches that do not align, a metric that is the same on both, an unknown direction.
         SiteError, PositionError: unknown places.
     """
-    if direction not in ("denoise", "noise"):
-        raise InputError(
-            f"direction must be 'denoise' (clean into corrupt) or 'noise' (corrupt into clean), got {direction!r}."
-        )
-    check_aligned(vlm, clean, corrupt)
-    runs = Side(corrupt, steering), Side(clean, steering)
-    base, source = runs if direction == "denoise" else runs[::-1]
+    base, source = between(vlm, clean, corrupt, steering, direction)
     places = resolved(vlm, sites)
     return _sweep(vlm, base, source, metric, places, parts, direction, seed=seed, progress=progress)
 
@@ -129,12 +180,7 @@ def steering_patching(
     Raises:
         InputError: a steering that does not move the metric, an unknown way.
     """
-    if way not in ("insert", "remove"):
-        raise InputError(
-            f"way must be 'insert' (steered into unsteered) or 'remove' (unsteered into steered), got {way!r}."
-        )
-    runs = Side(inputs), Side(inputs, steering)
-    base, source = runs if way == "insert" else runs[::-1]
+    base, source = with_and_without(inputs, steering, way)
     return _sweep(vlm, base, source, metric, resolved(vlm, sites), parts, way, seed=seed, progress=progress)
 
 
@@ -202,11 +248,19 @@ def ends(
 ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"], dict[Site, Float[Tensor, "row pos d_model"]]]:
     """Metric of both runs, and the streams of the source.
 
+    What the base run adds at a site is added behind a patch. So the source's stream is taken before what is added
+    there, unless its steering is one that the base run lacks.
+
     Raises:
         InputError: the metric is the same in both, so that there is nothing to localise.
     """
-    giving = vlm.observe(source.inputs, sites, source.steering)
-    taking = vlm.observe(base.inputs, (), base.steering)
+    if vlm.root.training:
+        raise InputError("the model is in training mode, where two runs differ by chance; call model.eval() first.")
+    giving, streams = _arriving(vlm, source, sites)
+    taking, own = _arriving(vlm, base, sites)
+    if source.steering is not None and base.steering is None:
+        # What both runs add (a steering in force) is added behind the patch again.
+        streams = {site: giving.at[site] - (taking.at[site] - own[site]) for site in sites}
     low, high = measured(metric, taking), measured(metric, giving)
     apart = (high - low).mean().abs()
     if float(apart) <= 1e-6 * float(torch.cat([low, high]).abs().max().clamp(min=1e-6)):
@@ -214,7 +268,17 @@ def ends(
             f"the two runs have the same mean {name_of(metric)!r} ({float(low.mean()):.4g}); there is no effect to "
             "localise. Take other prompts, another metric or a stronger steering."
         )
-    return low, high, giving.at
+    return low, high, streams
+
+
+def _arriving(
+    vlm: AttachedModel, side: Side, sites: Sequence[Site]
+) -> tuple[Observed, dict[Site, Float[Tensor, "row pos d_model"]]]:
+    """A run's logits and streams, and what arrives at the sites before anything is added there."""
+    seen = {site: Arriving() for site in sites}
+    looks = Intervention(tuple(Write(site, _EVERYWHERE, look, kind="replace") for site, look in seen.items()))
+    run = vlm.observe(side.inputs, sites, side.with_(looks))
+    return run, {site: look.stream for site, look in seen.items() if look.stream is not None}
 
 
 def _sweep(

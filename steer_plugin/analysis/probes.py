@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 else:
     DataFrame = Figure = object  # imported when needed; run-time type checkers look these names up
 
+_DRAWS = 3  # of the control task
 Labels = Sequence[int] | Sequence[bool] | Sequence[str]
 
 
@@ -247,19 +248,34 @@ def probe(
             f"a probe with {folds} folds needs values, and two classes of at least {max(folds, 2)} samples; got "
             f"{len(values)} places and {dict(zip(classes.tolist(), counts.tolist(), strict=True))}."
         )
-    draw = np.random.default_rng(seed)
+    if groups is not None and len(set(groups)) < folds:
+        raise InputError(f"{len(set(groups))} groups cannot be parted into {folds} folds; give fewer folds.")
+    values = {place: found.detach().float().cpu() for place, found in values.items()}
     kinds = [str(i) for i in range(len(names))] if types is None else [str(one) for one in types]
-    lots = {kind: str(draw.choice(names)) for kind in dict.fromkeys(kinds)}
-    by_lot = np.array([lots[kind] for kind in kinds])
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
     if groups is not None:
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     parted = list(splitter.split(names, names, None if groups is None else np.array(groups)))
     accuracy = np.stack([_scores(found, names, parted, strength) for found in values.values()])
-    control = np.stack([_scores(found, by_lot, parted, strength) for found in values.values()])
+    lots = _lots(names, kinds, seed)
+    control = np.stack(
+        [np.mean([_scores(found, lot, parted, strength) for lot in lots], 0) for found in values.values()]
+    )
     fitted = tuple(_model(strength).fit(found.numpy(), names) for found in values.values())
     majority = float(counts.max() / counts.sum())
     return Probes(tuple(values), tuple(classes.tolist()), accuracy, control, majority, fitted, seed)
+
+
+def _lots(names: np.ndarray, kinds: Sequence[str], seed: int) -> list[np.ndarray]:
+    """Labels by lot for each type, as often as the task has them; several draws, since one may be easy by chance."""
+    draw = np.random.default_rng(seed)
+    known = list(dict.fromkeys(kinds))
+    spread_out = np.sort(names)[np.linspace(0, len(names) - 1, len(known)).round().astype(int)]
+    out: list[np.ndarray] = []
+    for _ in range(_DRAWS):
+        labels = dict(zip(known, draw.permutation(spread_out).tolist(), strict=True))
+        out.append(np.array([labels[kind] for kind in kinds]))
+    return out
 
 
 def _model(strength: float) -> Pipeline:

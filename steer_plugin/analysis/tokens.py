@@ -40,7 +40,7 @@ def masks_of(layout: TokenLayout, parts: Parts) -> dict[str, Bool[Tensor, "row p
     """Return a mask for each part; padding is in none of them.
 
     Raises:
-        InputError: no parts, a mask of another shape, or one without any token.
+        InputError: no parts, a mask of another shape, or a row without a token of some part.
         PositionError: unknown names.
     """
     named = parts if isinstance(parts, Mapping) else {str(part): part for part in parts}
@@ -52,8 +52,12 @@ def masks_of(layout: TokenLayout, parts: Parts) -> dict[str, Bool[Tensor, "row p
         if tuple(mask.shape) != layout.shape:
             raise InputError(f"the mask of {name!r} has shape {tuple(mask.shape)}, the batch has {layout.shape}.")
         found[name] = mask & layout.real
-        if not bool(found[name].any()):
-            raise InputError(f"the part {name!r} has no token in this batch.")
+        empty = ~found[name].any(1)
+        if bool(empty.any()):
+            raise InputError(
+                f"the part {name!r} has no token in row {int(empty.nonzero()[0])}; name a part that every prompt has, "
+                "or leave such prompts out."
+            )
     return found
 
 

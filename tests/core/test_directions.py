@@ -167,6 +167,8 @@ def test_what_is_refused(torch_vlm, placed):
         (lambda: compose(torch_vlm, placed, {"v": steering, "w": steering}, odds, "generated"), "row 0 has no token"),
         (lambda: logit_difference(torch_vlm, 7, 7), "same token 7"),
         (lambda: log_probability(torch_vlm, []), "at least one answer"),
+        (lambda: log_probability(torch_vlm, "elephant"), "no token for 'elephant'"),
+        (lambda: log_probability(torch_vlm, 64), "token id 64 is out of range"),
     ]:
         with pytest.raises(sp.InputError, match=message):
             call()

@@ -86,6 +86,11 @@ def test_layout_needs_no_run(torch_vlm, inputs):
         torch_vlm.layout({"pixel_values": inputs["pixel_values"]})
 
 
+def test_a_steering_that_matches_nothing_is_refused(torch_vlm, inputs):
+    with pytest.raises(sp.PositionError, match="matched no token"):
+        torch_vlm.observe(inputs, (), sp.add("resid_post.1", V, "generated"))
+
+
 def test_what_was_not_observed_is_named(torch_vlm, inputs):
     seen = torch_vlm.observe(inputs, "resid_post.1")
     with pytest.raises(sp.SiteError, match=r"resid_post\.2 was not observed; observed: resid_post\.1"):

@@ -18,6 +18,7 @@ from steer_plugin.analysis import (
     attribution_patching,
     interactive,
     localise,
+    patch_streams,
     steering_patching,
 )
 from steer_plugin.methods.network import SteeringNetwork
@@ -77,6 +78,50 @@ def test_a_whole_layer_makes_the_base_the_source(torch_vlm, placed, corrupt):
     found = activation_patching(torch_vlm, placed, corrupt, metric, ["resid_post.2"], ["everywhere"], progress=False)
     torch.testing.assert_close(found.patched[0, 0], found.source, rtol=0, atol=1e-5)
     assert found.effect[0, 0] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_steering_of_both_runs_is_not_added_twice(torch_vlm, placed, corrupt, nested: bool):
+    """A patch where the steering writes brings what arrives there; the base run's own steering comes on top."""
+    sites, given = ["resid_post.1", "resid_post.3"], {"parts": ["everywhere"], "progress": False}
+    if nested:
+        with torch_vlm.steering(STEERING):
+            found = activation_patching(torch_vlm, placed, corrupt, metric, sites, **given)
+    else:
+        found = activation_patching(torch_vlm, placed, corrupt, metric, sites, steering=STEERING, **given)
+    np.testing.assert_allclose(found.effect, [[1], [1]], atol=1e-4)
+
+
+def test_estimates_follow_a_late_read(torch_vlm, placed):
+    """The prompt runs twice then, and what arrives before the write acts in both passes."""
+    network = SteeringNetwork(D_MODEL, 8, D_MODEL)
+    late = sp.L2S(network, "resid_post.1", "resid_post.3", positions="last_prompt")
+    near = {**placed, "pixel_values": placed["pixel_values"] + 1e-2 * draw(*placed["pixel_values"].shape, seed=8)}
+    given = {"sites": ["resid_pre.1"], "parts": ["everywhere"], "steering": late}
+    exact = activation_patching(torch_vlm, placed, near, metric, **given, progress=False)
+    guess = attribution_patching(torch_vlm, placed, near, metric, **given)
+    assert exact.effect[0, 0] == pytest.approx(1, abs=0.02)
+    assert guess.effect[0, 0] == pytest.approx(1, abs=0.2)
+
+
+def test_two_patches_of_one_site_are_both_there(torch_vlm, placed, corrupt):
+    image = placed["input_ids"] == IMAGE
+    last = torch.zeros_like(image)
+    last[:, -1] = True
+    stream = torch_vlm.observe(placed, "resid_post.1")["resid_post.1"]
+    apart = patch_streams("resid_post.1", stream, image) + patch_streams("resid_post.1", stream, last)
+    whole = patch_streams("resid_post.1", stream, image | last)
+    torch.testing.assert_close(*(torch_vlm.observe(corrupt, (), one).logits for one in (apart, whole)), rtol=0, atol=0)
+
+
+def test_patched_prompts_decode_on(torch_vlm, placed):
+    """What is fed back while decoding is nobody's stream: a patch of a run into itself changes no token."""
+    inputs = {key: value for key, value in placed.items() if key != "position_ids"}
+    stream = torch_vlm.observe(inputs, "resid_post.1")["resid_post.1"]
+    patch = patch_streams("resid_post.1", stream, inputs["attention_mask"].bool())
+    for options in ({}, {"num_beams": 2}):
+        given = {**inputs, "max_new_tokens": 4, "do_sample": False, **options}
+        assert torch.equal(torch_vlm.generate(**given, steering=patch), torch_vlm.generate(**given))
 
 
 def test_masks_of_ones_own(torch_vlm, plain, placed, corrupt):
@@ -180,6 +225,10 @@ def test_transformer_lens_sweeps_with_pictures(bridge_vlm, plain):
         bridge_vlm, clean, corrupt, metric, [sp.resid_pre(layer) for layer in range(LAYERS)], columns, progress=False
     )
     torch.testing.assert_close(ours.patched[..., 0], theirs.cpu(), rtol=0, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(bound.forward(), bound.run_with_hooks(fwd_hooks=[]))
+    with pytest.raises(sp.FrameworkError, match=r"use vlm\.generate"):
+        bound.generate(bound.tokens)
     with pytest.raises(sp.InputError, match="do not fit the pictures"):
         bound.run_with_hooks(bound.tokens[:, 1:])
 

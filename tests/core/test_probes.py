@@ -107,6 +107,7 @@ def test_what_a_probe_refuses(torch_vlm):
         (lambda: probe(values, labels[:5]), "got 5 labels for 20 prompts"),
         (lambda: probe(values, labels, types=["a"]), "got 1 types"),
         (lambda: probe(values, [True] * 20), "two classes"),
+        (lambda: probe(values, labels, groups=["a", "b"] * 10), "2 groups cannot be parted into 5 folds"),
         (lambda: probe(values, labels, folds=11), "two classes of at least 11 samples"),
         (lambda: three.direction(PLACE), "probes of two classes; these have 3"),
         (lambda: probe(values, labels).direction((sp.resid_post(3), "image")), "no probe at"),
